@@ -1,0 +1,204 @@
+"""The `shoal` command: reads arguments, prints, and turns every error into one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand
+
+from launch import __version__, local
+from launch.cache import Cache
+from launch.config import Key, Loaded, RunConfig, describe, load
+from launch.errors import EXIT_CODES, LaunchError
+from launch.plan import Plan, as_json, explain, make_plan, python_environment
+from launch.recipe import RecipeContext
+from launch.record import create_run_folder, default_run_folder, model_folder, read_json
+from launch.registry import Recipe, find_run_file, load_module, load_recipe, shipped_recipes
+from launch.topology import World, cache_folder, read_machine, worker_environment
+
+app = typer.Typer(
+    name="shoal",
+    help="Train and evaluate Hugging Face models from one recipe, with the same numbers on any devices.",
+    epilog="Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + ".",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command line; a `LaunchError` becomes its message and its exit code."""
+    try:
+        app()
+    except LaunchError as error:
+        complain(str(error))
+        sys.exit(error.exit_code)
+
+
+def complain(message: str) -> None:
+    """Print an error on stderr, each line with our name in front."""
+    for line in message.splitlines():
+        print(f"shoal: {line}", file=sys.stderr)
+
+
+class _CommandWithKeys(TyperCommand):
+    """A command whose `--help` ends with every key of a run file."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_help(ctx, formatter)
+        formatter.write("\nKeys of a run file, set on the command line as section.key=value:\n\n")
+        for key in describe(RunConfig):
+            formatter.write(_documented(key, formatter.width))
+
+
+def _documented(key: Key, width: int) -> str:
+    head = f"  {key.name}  ({key.kind}; default {key.default})\n".replace("; default required", "; required")
+    return head + click.formatting.wrap_text(key.description, width, "      ", "      ") + "\n"
+
+
+RunFile = Annotated[str, typer.Argument(metavar="FILE", help="A run file, or the name of a shipped one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value …]", help="Overrides, such as train.max_steps=20.")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="RUN_FOLDER", help="Where to keep the run [runs/<recipe>-<time>].")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout and nothing else.")]
+
+
+@app.command("run", cls=_CommandWithKeys)
+def run_command(file: RunFile, overrides: Overrides = None, out: Out = None, json_: AsJson = False) -> None:
+    """Train, evaluate and export; everything is written to the run folder."""
+    plan = _decide(file, overrides, out)[0]
+    folder = create_run_folder(plan)
+    if not json_:
+        _print_plan(plan, Console(stderr=True, highlight=False))
+    ending = local.run(plan, folder)
+    if ending.exit_code:
+        if ending.traceback:
+            print(ending.traceback, file=sys.stderr)
+        complain(ending.message)
+        raise typer.Exit(ending.exit_code)
+    result = read_json(folder / "result.json")
+    print(json.dumps(result) if json_ else result["summary"])
+
+
+@app.command("plan", cls=_CommandWithKeys)
+def plan_command(file: RunFile, overrides: Overrides = None, out: Out = None, json_: AsJson = False) -> None:
+    """Show what a run would do: arithmetic, schedule, command, configuration. Starts nothing."""
+    plan, loaded, recipe = _decide(file, overrides, out)
+    if json_:
+        print(json.dumps(as_json(plan), indent=2))
+        return
+    console = Console(highlight=False)
+    _print_plan(plan, console)
+    _print_command(plan)
+    _print_config(loaded, recipe)
+
+
+@app.command("generate")
+def generate_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or any Hugging Face model folder.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 60,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a text with the model that a run exported."""
+    command = [sys.executable, "-m", "launch.engine.exported", "continue", str(model_folder(run)), prompt]
+    command += [str(max_new_tokens), str(temperature), str(seed)]
+    # A process of its own: this one stays free of torch.
+    raise typer.Exit(subprocess.run(command, env=worker_environment(python_environment()), check=False).returncode)
+
+
+@app.command("recipes")
+def recipes_command(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show what this recipe lets you set.")] = None,
+) -> None:
+    """List the shipped recipes, or the arguments of one."""
+    if name is None:
+        for each in shipped_recipes():
+            print(f"{each:<24}{_first_line(load_module(each, 'shipped').__doc__)}")
+        return
+    for key in describe(load_module(name, "command line").Args, "recipe_args."):
+        print(_documented(key, 100), end="")
+
+
+@app.command("config-schema")
+def schema_command() -> None:
+    """Print the JSON schema of run files, with which editors complete and check them."""
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"shoal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train and evaluate Hugging Face models from one recipe, with the same numbers on any devices."""
+
+
+def _decide(file: str, overrides: list[str] | None, out: Path | None) -> tuple[Plan, Loaded, Recipe]:
+    loaded = load(find_run_file(file), overrides or [])
+    recipe = load_recipe(loaded)
+    loaded = loaded.with_recipe_args(recipe.args.model_dump(mode="json"))
+    preview = recipe.preview(RecipeContext(Cache(cache_folder()), loaded.config.train.seed))
+    folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
+    return make_plan(loaded, read_machine(), World(), preview, folder), loaded, recipe
+
+
+def _print_plan(plan: Plan, console: Console) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(style="dim", overflow="fold")
+    for line in explain(plan):
+        table.add_row(line.name, Text(line.value), Text(line.because))
+    console.print(table)
+
+
+def _print_command(plan: Plan) -> None:
+    print("\nThe workers are started with")
+    for name, value in plan.environment.items():
+        print(f"  {name}={shlex.quote(value)} \\")
+    print(f"  {shlex.join(plan.command)}\n")
+
+
+def _print_config(loaded: Loaded, recipe: Recipe) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("key", "value", "from"):
+        table.add_column(title, overflow="fold")
+    for key in describe(type(recipe.args), "recipe_args.") + describe(RunConfig):
+        if key.name != "recipe_args":
+            table.add_row(key.name, Text(_value(loaded.config, key.name)), Text(loaded.origin(key.name), style="dim"))
+    Console(highlight=False).print(table)
+
+
+def _value(config: RunConfig, dotted: str) -> str:
+    value: Any = config.model_dump(mode="json")
+    for part in dotted.split("."):
+        value = value[part]
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0]

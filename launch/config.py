@@ -1,0 +1,436 @@
+"""The run configuration: its sections, every key with the one sentence that documents it everywhere.
+
+Read once, frozen, never mutated. The same descriptions feed `shoal run --help`, the JSON schema and the
+messages. Knows nothing of machines, files of a run, or torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic_core import ErrorDetails
+
+from launch.errors import ConfigError
+from launch.source import COMMAND_LINE, Layer, merge, read_overrides, read_run_file
+
+
+class Section(BaseModel):
+    """Frozen, strict (no `"20"` for 20), and closed to unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class TrainSection(Section):
+    """How the weights are updated."""
+
+    global_batch_size: int = Field(32, ge=1)
+    """Samples in one update, over all processes together; the same for any number of processes."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Samples one process handles at once; null: global_batch_size / processes, without accumulation."""
+    max_steps: int | None = Field(None, ge=1)
+    """Number of optimizer updates; excludes train.epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training data (1 where neither this nor train.max_steps is given)."""
+    learning_rate: float = Field(3e-4, ge=0)
+    """Peak learning rate, reached at the end of the warm-up."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decoupled weight decay; not applied to biases and normalisation weights."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up; linear and cosine fall towards 0."""
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
+    """Share of all updates spent warming up; excludes train.warmup_steps."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Number of updates spent warming up; excludes train.warmup_ratio."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this global L2 norm; null: never."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the running mean of gradients."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's decay of the running mean of squared gradients."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """AdamW's term against division by zero."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of forward and backward; weights and optimizer stay in fp32."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the order of samples, of weights built from scratch and of dropout."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations in a row without a better validation loss; null: never."""
+    early_stopping_min_delta: float = Field(0.0, ge=0)
+    """How much lower a validation loss must be to count as better."""
+
+
+class EvalSection(Section):
+    """When and how the validation data is evaluated; always at the end of training too."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Evaluate after every so many updates; null: only at the start and the end."""
+    batch_size: int | None = Field(None, ge=1)
+    """Samples one process evaluates at once; null: the micro-batch size. Never changes the result."""
+    at_start: bool = True
+    """Evaluate before the first update."""
+    max_samples: int | None = Field(None, ge=1)
+    """Evaluate only the first so many validation samples; null: all."""
+
+
+class SaveSection(Section):
+    """What is kept of the model."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Save a checkpoint after every so many updates; null: none but the export at the end."""
+    keep_last: int | None = Field(2, ge=1)
+    """Keep only the newest so many checkpoints; null: all."""
+    export: bool = True
+    """Write and check export/, a plain Hugging Face folder, at the end."""
+
+
+class TrackSection(Section):
+    """What is recorded while training."""
+
+    every_steps: int = Field(1, ge=1)
+    """Write a line to metrics.jsonl after every so many updates."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Send the same numbers to Weights & Biases (needs the extra `shoal[wandb]`)."""
+    project: str = Field("shoal", min_length=1)
+    """Name of the project in Weights & Biases."""
+
+
+class ParallelSection(Section):
+    """Over which devices a run is spread."""
+
+    strategy: Literal["auto", "single", "ddp"] = "auto"
+    """auto: single for one process, ddp (replicated weights, averaged gradients) for several."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device; auto: the GPUs of this machine, else its CPU."""
+    devices: Literal["auto"] | int = Field("auto")
+    """Devices per node, one process each; auto: all GPUs, or one process on CPU."""
+    nodes: int = Field(1, ge=1)
+    """Number of machines."""
+    data_workers: int = Field(0, ge=0)
+    """Processes per rank that load and collate batches; 0: the rank does it itself."""
+
+
+class ClusterSection(Section):
+    """What a SLURM cluster needs to know; no keys yet."""
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    recipe: str = Field(min_length=1)
+    """Name of a shipped recipe, or the path of a recipe module (./my_recipe.py)."""
+    recipe_args: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the recipe lets you set (`shoal recipes NAME` lists it)."""
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    save: SaveSection = SaveSection()
+    track: TrackSection = TrackSection()
+    parallel: ParallelSection = ParallelSection()
+    cluster: ClusterSection = ClusterSection()
+
+
+EXCLUSIVE = (("train.max_steps", "train.epochs"), ("train.warmup_ratio", "train.warmup_steps"))
+"""Groups of keys of which the one stated later (run file, then command line) replaces the other."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A valid configuration and the place each stated key came from."""
+
+    config: RunConfig
+    layer: Layer
+    run_file: Path | None
+
+    def place(self, key: str) -> str:
+        """Where `key` was stated, or the nearest section above it; "default" where nowhere."""
+        return _place(self.layer, tuple(key.split(".")))
+
+    def origin(self, key: str) -> str:
+        """Where the value of `key` comes from: "default" unless the key itself was stated."""
+        return self.layer.places.get(key, "default")
+
+    def with_recipe_args(self, recipe_args: dict[str, JsonValue]) -> Loaded:
+        """The same, with the arguments of the recipe resolved: defaults filled in, paths absolute."""
+        return replace(self, config=self.config.model_copy(update={"recipe_args": recipe_args}))
+
+
+def load(run_file: Path | None, overrides: list[str]) -> Loaded:
+    """Read a run file, lay the overrides over it, validate.
+
+    Raises:
+        ConfigError: one line per problem, with place, key, value, rule and the nearest right key.
+    """
+    layer = read_run_file(run_file) if run_file else Layer()
+    layer = merge(layer, read_overrides(overrides), EXCLUSIVE)
+    secrets = list(_secrets(layer.values, layer))
+    if secrets:
+        raise ConfigError("\n".join(secrets))
+    config = validate(RunConfig, _with_default_length(layer.values), layer)
+    if config.recipe.endswith(".py"):
+        stated_in_file = run_file is not None and layer.places["recipe"] != COMMAND_LINE
+        folder = run_file.parent if run_file is not None and stated_in_file else Path()
+        config = config.model_copy(update={"recipe": str((folder / config.recipe).absolute())})
+    loaded = Loaded(config, layer, run_file)
+    problems = list(_impossible_combinations(loaded))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return loaded
+
+
+def _with_default_length(values: dict[str, Any]) -> dict[str, Any]:
+    """One epoch where the user states no length, so that the resolved configuration always states one."""
+    train = values.get("train", {})
+    if not isinstance(train, dict) or train.get("max_steps") is not None or train.get("epochs") is not None:
+        return values
+    return {**values, "train": {**train, "epochs": 1.0}}
+
+
+_SECRET_KEY = re.compile(
+    r"(^|_)(api_?key|access_?key|secret|password|passwd|credentials?|(hf|hub|auth|access|api|bearer|wandb)_token)$",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(
+    r"^(hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|wandb_v1_\w{20,}|AKIA\w{16})$|^\w+://[^/@:]*:[^/@]+@"
+)
+
+
+def _secrets(values: Any, layer: Layer, keys: tuple[str, ...] = ()) -> Iterator[str]:
+    """Whatever looks like a secret: a run is recorded whole, so it may hold none. Never shows the value."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _secrets(value, layer, (*keys, str(key)))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _secrets(value, layer, keys)
+    elif isinstance(values, str) and values and keys:
+        if _SECRET_KEY.search(keys[-1]) or _SECRET_VALUE.search(values):
+            yield (
+                f"{_place(layer, keys)}: {'.'.join(keys)}: looks like a secret (value not shown); a run file and "
+                "a command line are recorded, so put it into the environment instead (HF_TOKEN, WANDB_API_KEY, …)"
+            )
+
+
+def _impossible_combinations(loaded: Loaded) -> Iterator[str]:
+    train, parallel = loaded.config.train, loaded.config.parallel
+    for first, second in EXCLUSIVE:
+        values = [getattr(train, key.removeprefix("train.")) for key in (first, second)]
+        if None not in values:
+            yield (
+                f"{loaded.place(second)}: {second} = {_shown(values[1])}: excludes {first} = "
+                f"{_shown(values[0])} ({loaded.place(first)}); state one of the two"
+            )
+    if train.early_stopping_patience and not loaded.config.eval.every_steps:
+        key = "train.early_stopping_patience"
+        yield (
+            f"{loaded.place(key)}: {key} = {train.early_stopping_patience}: "
+            "needs evaluations while training; set eval.every_steps"
+        )
+    if train.max_steps is not None and (train.warmup_steps or 0) > train.max_steps:
+        key = "train.warmup_steps"
+        yield (
+            f"{loaded.place(key)}: {key} = {train.warmup_steps}: is more than train.max_steps = "
+            f"{train.max_steps}; the peak learning rate would never be reached"
+        )
+    if isinstance(parallel.devices, int) and parallel.devices < 1:
+        key = "parallel.devices"
+        yield f'{loaded.place(key)}: {key} = {parallel.devices}: must be at least 1, or "auto"'
+    if parallel.strategy == "single" and (parallel.devices not in ("auto", 1) or parallel.nodes > 1):
+        key = "parallel.strategy"
+        yield (
+            f"{loaded.place(key)}: {key} = single: is one process, but parallel.devices = {parallel.devices} "
+            f"and parallel.nodes = {parallel.nodes}; use parallel.strategy=ddp, or one device"
+        )
+
+
+# --- validation and its messages -------------------------------------------------------------------------
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], values: dict[str, Any], layer: Layer, prefix: str = "") -> Model:
+    """Build `model` from `values`; `prefix` is the dotted key under which they stand in the run file.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    try:
+        # From JSON, because strict mode there still takes a list for a tuple.
+        return model.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        start = tuple(prefix.split(".")) if prefix else ()
+        # One line per key: a union of kinds reports each kind it is not.
+        lines: dict[str, list[str]] = {}
+        for details in error.errors():
+            head, rule = _message(model, details, layer, start)
+            if rule not in lines.setdefault(head, []):
+                lines[head].append(rule)
+        raise ConfigError("\n".join(head + " or ".join(rules) for head, rules in lines.items())) from None
+
+
+_TYPE_NAMES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of `key: value` entries",
+    "model_type": "a mapping of `key: value` entries",
+    "model_attributes_type": "a mapping of `key: value` entries",
+    "finite_number": "a finite number",
+}
+
+
+def _message(
+    model: type[BaseModel], details: ErrorDetails, layer: Layer, start: tuple[str, ...]
+) -> tuple[str, str]:
+    """`("place: key = value: ", "the rule that it breaks")`."""
+    location = _without_union_tags(model, details["loc"])
+    keys = (*start, *location)
+    dotted = ".".join(keys)
+    if details["type"] == "missing":
+        return f"{_place(layer, keys)}: {dotted}: ", "must be set"
+    head = f"{_place(layer, keys)}: {dotted} = {_shown(details['input'])}: "
+    if details["type"] == "extra_forbidden":
+        return head, _unknown_key(model, location, start)
+    if details["type"] in _TYPE_NAMES:
+        return head, f"must be {_TYPE_NAMES[details['type']]}" + _quoting_hint(details)
+    text = details["msg"].removeprefix("Value error, ")
+    text = re.sub(r"^Input should be ", "must be ", text)
+    return head, text[:1].lower() + text[1:]
+
+
+def _quoting_hint(details: ErrorDetails) -> str:
+    got = details["input"]
+    if details["type"] == "string_type" and isinstance(got, (int, float, bool)):
+        return f"; quote it to keep it text: '\"{_shown(got)}\"'"
+    if isinstance(got, str) and details["type"] in ("int_type", "float_type", "bool_type"):
+        return ", not text; remove the quotes" if re.fullmatch(r"[-+.\deE]+|true|false", got) else ", got text"
+    return ""
+
+
+def _without_union_tags(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Pydantic adds a member's name (`int`, `literal[…]`) behind a field that is a union: leave it out."""
+    keys: list[str] = []
+    for part in location:
+        if keys and isinstance(part, str) and re.match(r"(literal|int|str|float|bool|list|tuple|function-)", part):
+            field = _field(model, keys)
+            if not (isinstance(field, type) and part in field.model_fields):
+                continue
+        keys.append(str(part))
+    return tuple(keys)
+
+
+def _field(model: type[BaseModel], keys: list[str]) -> type[BaseModel] | None:
+    """The section that `keys` lead to, or None where they lead to a plain value."""
+    current: Any = model
+    for key in keys:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)) or key not in current.model_fields:
+            return None
+        current = current.model_fields[key].annotation
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+
+
+def _unknown_key(model: type[BaseModel], location: tuple[str, ...], start: tuple[str, ...]) -> str:
+    section = _field(model, list(location[:-1])) or model
+    siblings = [".".join((*start, *location[:-1], name)) for name in section.model_fields]
+    key = ".".join((*start, *location))
+    right = nearest_key(key, siblings, all_keys())
+    if right:
+        return f"unknown key; did you mean {right}?"
+    where = ".".join((*start, *location[:-1])) or "a run file"
+    names = ", ".join(section.model_fields)
+    return f"unknown key; {where} has {names}" if names else f"unknown key; {where} has no keys yet"
+
+
+def nearest_key(key: str, siblings: list[str], everywhere: list[str]) -> str | None:
+    """The key most likely meant: a similar one of the same section, else the same name elsewhere."""
+    by_name = {sibling.rpartition(".")[2]: sibling for sibling in siblings}
+    name = key.rpartition(".")[2]
+    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.7)
+    if close:
+        return by_name[close[0]]
+    elsewhere = [other for other in everywhere if other.rpartition(".")[2] == name]
+    if elsewhere:
+        return elsewhere[0]
+    close = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.75)
+    return close[0] if close else None
+
+
+def _place(layer: Layer, keys: tuple[str, ...]) -> str:
+    for length in range(len(keys), 0, -1):
+        place = layer.places.get(".".join(keys[:length]))
+        if place:
+            return place
+    return "default"
+
+
+def _shown(value: Any) -> str:
+    """A value as it would be written in a run file, cut to a readable length."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+# --- what the keys are -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Key:
+    """One documented key."""
+
+    name: str
+    kind: str
+    default: str
+    description: str
+
+
+def describe(model: type[BaseModel], prefix: str = "") -> list[Key]:
+    """Every key of a model, depth first, in the order it is written in."""
+    keys: list[Key] = []
+    for name, info in model.model_fields.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += describe(info.annotation, f"{dotted}.")
+            continue
+        default = "required" if info.is_required() else _shown(info.get_default(call_default_factory=True))
+        keys.append(Key(dotted, _kind(info.annotation), default, info.description or ""))
+    return keys
+
+
+def _kind(annotation: Any) -> str:
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    literal = re.sub(r"typing\.Literal\[([^\]]*)\]", lambda match: match[1].replace(", ", "|"), text)
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join("null" if member is NoneType else _kind(member) for member in get_args(annotation))
+    plain = literal.replace("typing.", "").replace("'", "")
+    plain = re.sub(r"tuple\[str, \.\.\.\]", "list of text", plain)
+    plain = re.sub(r"dict(\[.*\])?", "mapping", plain)
+    for python, word in (("int", "whole number"), ("float", "number"), ("bool", "true|false"), ("str", "text")):
+        plain = re.sub(rf"\b{python}\b", word, plain)
+    return plain
+
+
+def all_keys() -> list[str]:
+    """Dotted names of every key a run file may hold outside `recipe_args`."""
+    return [key.name for key in describe(RunConfig)]
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved configuration as a run file."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,60 @@
+"""What one rank knows and all must act on: every decision that could split the ranks is made here."""
+
+from __future__ import annotations
+
+import math
+import socket
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from launch.engine.batching import Window
+from launch.errors import LaunchError, NonFiniteError
+
+
+def raise_if_not_finite(
+    accelerator: Accelerator, window: Window, local: torch.Tensor, total: float, norm: float
+) -> None:
+    """Stop all ranks when the update's loss or gradient norm is not a finite number.
+
+    `local`, shape `(micro_batches,)`, holds this rank's summed losses; `total` and `norm` are the same on every
+    rank, so either all raise or none. Every rank must call this.
+
+    Raises:
+        NonFiniteError: names the rank, host and sample indices that reproduce it.
+    """
+    if math.isfinite(total) and math.isfinite(norm):
+        return
+    bad = [
+        f"rank {accelerator.process_index} ({socket.gethostname()}) samples {list(micro_batch.samples)}"
+        for micro_batch, value in zip(window.micro_batches, local.tolist(), strict=True)
+        if not math.isfinite(value) and not micro_batch.filler
+    ]
+    found = [line for line in gather_object(bad) if line]
+    what = f"loss is {total}" if found else f"gradient norm is {norm} although the loss is finite"
+    where = "; ".join(found) if found else f"samples of epoch {window.epoch} up to {window.consumed}"
+    raise NonFiniteError(
+        f"update {window.update}: {what}: {where}; the weights are those of update {window.update - 1}; "
+        "try a lower train.learning_rate, a lower train.max_grad_norm or train.precision=fp32"
+    )
+
+
+def raise_together(accelerator: Accelerator, error: LaunchError | None) -> None:
+    """If any rank brings an error, raise the one of the lowest such rank everywhere. Every rank must call this."""
+    own = None if error is None else (accelerator.process_index, socket.gethostname(), str(error), type(error))
+    errors = [entry for entry in gather_object([own]) if entry is not None]
+    if not errors:
+        return
+    rank, host, message, kind = errors[0]
+    everywhere = len(errors) == accelerator.num_processes
+    raise kind(message if everywhere else f"rank {rank} ({host}): {message}")
+
+
+def from_main(accelerator: Accelerator, value: str | None) -> str:
+    """Rank 0's `value`, on every rank. Every rank must call this."""
+    holder = [value]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(holder)
+    assert holder[0] is not None, "rank 0 gives a value"
+    return holder[0]

@@ -1,0 +1,118 @@
+"""Which samples each update consumes and which rank handles them: a function of seed and update alone.
+
+One update consumes one *window* of `global_batch_size` samples, in an order that does not depend on the number of
+processes. A window is dealt out to (step, rank) cells of `micro_batch_size` samples. The last window of an epoch
+may be short; cells left empty are filled with a sample that counts for nothing, so every rank makes the same
+number of forward and backward passes: with sharded weights each pass is a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from launch.recipe import Samples
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank handles at once."""
+
+    samples: tuple[int, ...]
+    """Indices into the dataset."""
+    filler: bool = False
+    """Whether it only keeps this rank in step: its samples count for nothing."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The samples of one update, as far as this rank is concerned."""
+
+    update: int
+    """Counted from 1 over the whole run."""
+    epoch: int
+    """Counted from 0."""
+    consumed: int
+    """Samples of this epoch consumed once the update is done, over all ranks."""
+    micro_batches: tuple[MicroBatch, ...]
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A permutation of `range(samples)`, shape `(samples,)`.
+
+    `RandomState` because numpy guarantees its streams to stay as they are in all versions (NEP 19); newer
+    generators and torch.randperm give no such promise, and a resumed run must find the same order.
+    """
+    return np.random.RandomState([seed, epoch]).permutation(samples)
+
+
+def deal(indices: Sequence[int], micro_batch_size: int, rank: int, world_size: int) -> tuple[MicroBatch, ...]:
+    """This rank's share of `indices`; every rank gets the same number of micro-batches."""
+    assert len(indices), "a window holds at least one sample"
+    row = micro_batch_size * world_size
+    dealt = []
+    for start in range(0, len(indices), row):
+        own = indices[start + rank * micro_batch_size : min(start + (rank + 1) * micro_batch_size, start + row)]
+        if len(own):
+            dealt.append(MicroBatch(tuple(int(index) for index in own)))
+        else:
+            dealt.append(MicroBatch((int(indices[0]),), filler=True))
+    return tuple(dealt)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The windows of a run, reached at any update without walking through those before it."""
+
+    samples: int
+    global_batch_size: int
+    micro_batch_size: int
+    seed: int
+    rank: int
+    world_size: int
+
+    def windows(self, first_update: int, last_update: int) -> Iterator[Window]:
+        """Windows `first_update..last_update`, both included, counted from 1."""
+        per_epoch = -(-self.samples // self.global_batch_size)
+        order, order_epoch = None, -1
+        for update in range(first_update, last_update + 1):
+            epoch, position = divmod(update - 1, per_epoch)
+            if order is None or order_epoch != epoch:
+                order, order_epoch = epoch_order(self.samples, self.seed, epoch), epoch
+            start = position * self.global_batch_size
+            indices = order[start : start + self.global_batch_size]
+            cells = deal(indices, self.micro_batch_size, self.rank, self.world_size)
+            yield Window(update, epoch, start + len(indices), cells)
+
+
+class _Indices:
+    """A batch sampler: DataLoader iterates over it, in this process, to learn what to load next."""
+
+    def __init__(self, micro_batches: Callable[[], Iterable[MicroBatch]]) -> None:
+        self._micro_batches = micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(micro_batch.samples) for micro_batch in self._micro_batches())
+
+
+def load(
+    samples: Samples,
+    micro_batches: Callable[[], Iterable[MicroBatch]],
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    workers: int,
+    pin_memory: bool,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Collated CPU batches, in the order of `micro_batches()`; with `workers` processes they come ahead of time."""
+    loader: DataLoader[Any] = DataLoader(
+        samples,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ serves
+        batch_sampler=_Indices(micro_batches),  # type: ignore[arg-type]  # any iterable of index lists serves
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+    )
+    return iter(loader)

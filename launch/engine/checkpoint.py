@@ -1,0 +1,62 @@
+"""Writes the model as a plain Hugging Face folder: checkpoints while training, the export at the end."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from safetensors.torch import save_file
+
+from launch.recipe import Prepared
+
+PROBE_COLUMNS = 64
+"""Length to which the probe's sequences are cut: enough to notice any wrong weight."""
+
+
+def write_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write weights, configuration and tokenizer to `folder`, aside first: under its name the folder is whole.
+
+    Every rank must call this.
+    """
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        aside = folder.with_name(f"{folder.name}.writing")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        accelerator.unwrap_model(model).save_pretrained(aside, state_dict=state)
+        tokenizer.save_pretrained(aside)
+        aside.rename(folder)
+    accelerator.wait_for_everyone()
+
+
+def checkpoint_folder(run_folder: Path, update: int) -> Path:
+    """`checkpoints/step-000100`."""
+    return run_folder / "checkpoints" / f"step-{update:06d}"
+
+
+def prune(run_folder: Path, keep_last: int | None) -> None:
+    """Remove all but the newest `keep_last` checkpoints."""
+    if keep_last is not None:
+        for folder in sorted((run_folder / "checkpoints").glob("step-*[0-9]"))[:-keep_last]:
+            shutil.rmtree(folder)
+
+
+def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prepared, path: Path) -> None:
+    """Write one short validation sample and the logits of the live model, to compare the reloaded model with.
+
+    Removes Accelerate's mixed-precision wrapper from the model: call it after training.
+    """
+    bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+    batch = prepared.collate([prepared.validation[0]])
+    inputs = {
+        name: tensor[:, :PROBE_COLUMNS].contiguous() if tensor.dim() > 1 else tensor
+        for name, tensor in batch.items()
+        if name != "labels"
+    }
+    with torch.no_grad():
+        logits = bare(**send_to_device(inputs, accelerator.device)).logits
+    save_file({**inputs, "logits": logits.float().cpu().contiguous()}, path)

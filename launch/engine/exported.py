@@ -1,0 +1,75 @@
+"""Uses an exported model as any user of it would: reload by plain `from_pretrained`, compare, continue a text.
+
+    python -m launch.engine.exported check    FOLDER PROBE DEVICE PROMPT
+    python -m launch.engine.exported continue FOLDER PROMPT MAX_NEW_TOKENS TEMPERATURE SEED
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+TOLERANCE = 1e-5
+"""Largest difference of a logit, relative to the largest logit (at least 1)."""
+
+SAMPLE_TOKENS = 40
+
+
+def load_exported(folder: Path) -> tuple[Any, Any]:
+    """Model (of the class its config names) and tokenizer."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def difference(model: Any, probe: Path, device: str) -> float:
+    """Largest difference between the model's logits and those written when it was live, relative as in TOLERANCE."""
+    tensors = load_file(probe, device=device)
+    expected = tensors.pop("logits")
+    with torch.no_grad():
+        got = model.to(device)(**tensors).logits.float()
+    if got.shape != expected.shape:
+        return float("inf")
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+
+
+def continue_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """`prompt` and its continuation; the likeliest one at temperature 0, else sampled."""
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    ids = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def main(arguments: list[str]) -> None:
+    """Answer one call from the command line."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    verb, folder = arguments[0], Path(arguments[1])
+    model, tokenizer = load_exported(folder)
+    if verb == "check":
+        probe, device, prompt = arguments[2:]
+        answer = {"difference": difference(model, Path(probe), device)}
+        if prompt:
+            answer["sample"] = continue_text(model, tokenizer, prompt, SAMPLE_TOKENS, 0.7, 0)
+        print(json.dumps(answer))
+    else:
+        prompt, max_new_tokens, temperature, seed = arguments[2:]
+        print(continue_text(model, tokenizer, prompt, int(max_new_tokens), float(temperature), int(seed)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,93 @@
+"""The one training loop. Sees no files, no environment, no recipe names and no configuration."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+
+from launch.engine.agree import raise_if_not_finite
+from launch.engine.batching import Window
+from launch.engine.loss import Counts, count_batch, count_over_ranks, precise_dtype, weigh
+from launch.recipe import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did, the same on every rank."""
+
+    loss: float
+    """Mean over all targets of the update."""
+    gradient_norm: float
+    """Global L2 norm before clipping."""
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything one update needs, besides its data."""
+
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[torch.nn.Module, Batch], torch.Tensor]
+    count: Callable[[Batch], int]
+    max_grad_norm: float | None
+
+    def __call__(self, window: Window, batches: list[dict[str, torch.Tensor]]) -> StepResult:
+        """Make one update from this rank's micro-batches. Every rank must call this.
+
+        Raises:
+            NonFiniteError: on all ranks, before the weights are touched.
+        """
+        pairs = list(zip(window.micro_batches, batches, strict=True))
+        local_counts = sum((count_batch(*pair, self.count) for pair in pairs), Counts())
+        counts = count_over_ranks(self.accelerator, local_counts)
+        sums = []
+        for position, (micro_batch, batch) in enumerate(pairs):
+            last = position == len(batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                on_device = send_to_device(batch, self.accelerator.device, non_blocking=True)
+                summed = self.loss(self.model, on_device)
+                if micro_batch.filler:
+                    summed = summed * 0.0
+                self.accelerator.backward(weigh(summed, counts, self.accelerator.num_processes))
+            sums.append(summed.detach())
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or float("inf"))
+        local = torch.stack(sums).to(precise_dtype(self.accelerator.device))
+        total = float(self.accelerator.reduce(local.sum(), "sum"))  # host sync
+        raise_if_not_finite(self.accelerator, window, local, total, float(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(total / max(counts.targets, 1), float(norm), counts)
+
+
+def fit(
+    step: Step,
+    windows: Iterable[Window],
+    batches: Iterator[dict[str, torch.Tensor]],
+    learning_rate: Callable[[int], float],
+    after_update: Callable[[Window, StepResult], bool],
+) -> None:
+    """Train on `windows` until they end or `after_update` returns True. Every rank must call this.
+
+    `batches` delivers the micro-batches of the windows, one after the other.
+    """
+    step.model.train()
+    for window in windows:
+        own = [next(batches) for _ in window.micro_batches]
+        set_learning_rate(step.optimizer, learning_rate(window.update))
+        if after_update(window, step(window, own)):
+            return
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the rate of all parameter groups."""
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    for group in groups:
+        group["lr"] = value

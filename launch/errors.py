@@ -1,0 +1,67 @@
+"""What a user can get wrong, one class per exit code.
+
+A message names the key or file, what was got, what is allowed and the fix. It is shown alone, without a
+traceback. Any other exception is a defect of ours and keeps its traceback (exit code 1).
+"""
+
+from __future__ import annotations
+
+
+class LaunchError(Exception):
+    """Base of every error whose message is written for the user."""
+
+    exit_code = 1
+
+
+class ConfigError(LaunchError):
+    """A run file, an override or a combination of settings that cannot be; nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(LaunchError):
+    """A dataset, tokenizer or model that cannot be read or does not fit the recipe."""
+
+    exit_code = 3
+
+
+class TopologyError(LaunchError):
+    """The devices or processes asked for are not there, or are not the ones planned."""
+
+    exit_code = 4
+
+
+class RunFolderError(LaunchError):
+    """The run folder cannot be created, written or read."""
+
+    exit_code = 5
+
+
+class NonFiniteError(LaunchError):
+    """The loss or the gradient norm is NaN or infinite."""
+
+    exit_code = 6
+
+
+class ExportError(LaunchError):
+    """The exported model does not reload to the model that was trained."""
+
+    exit_code = 7
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C (SIGINT), as shells expect: 128 + 2."""
+
+TERMINATED = 143
+"""Exit code after SIGTERM: 128 + 15."""
+
+EXIT_CODES: dict[int, str] = {
+    0: "done",
+    1: "unexpected error (the traceback is shown)",
+    **{
+        kind.exit_code: (kind.__doc__ or "").strip().rstrip(".")
+        for kind in (ConfigError, DataError, TopologyError, RunFolderError, NonFiniteError, ExportError)
+    },
+    INTERRUPTED: "stopped by Ctrl-C",
+    TERMINATED: "stopped by SIGTERM",
+}

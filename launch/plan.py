@@ -1,0 +1,331 @@
+"""RunConfig × Machine → Plan: everything that is decided before a run starts. Pure, without torch."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from launch import __version__
+from launch.assets import code_root, shipped_folder
+from launch.config import Loaded, RunConfig
+from launch.errors import ConfigError, TopologyError
+from launch.recipe import Preview
+from launch.schedule import Schedule, total_updates, updates_per_epoch, warmup_updates
+from launch.topology import Device, Machine, World
+
+CPU_RANKS_PER_CORE = 4
+"""More processes than this on one core only get in each other's way; a larger number is a slip."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Processes(_Frozen):
+    """How many processes, where, and with what."""
+
+    strategy: str
+    device: Device
+    nodes: int
+    per_node: int
+    world_size: int
+    threads: int
+    """CPU threads each process computes with."""
+
+
+class BatchPlan(_Frozen):
+    """global = micro × accumulation × world."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    eval_batch_size: int
+    tokens_per_update: int | None
+    """Input tokens of a full update; None where samples differ in length."""
+
+
+class Length(_Frozen):
+    """How many updates there are, and the learning rates at the turning points."""
+
+    samples: int | None
+    """Training samples; None until the data was prepared once."""
+    updates_per_epoch: int | None
+    updates: int | None
+    warmup: int | None
+    peak_learning_rate: float
+    first_learning_rate: float | None
+    last_learning_rate: float | None
+
+
+class Plan(_Frozen):
+    """A run, decided. Written to plan.json; a worker started with it checks that its world is this one."""
+
+    shoal: str
+    config: RunConfig
+    processes: Processes
+    batch: BatchPlan
+    length: Length
+    run_folder: str
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    """What the launcher adds to the environment of the workers."""
+
+    def schedule(self, samples: int) -> Schedule:
+        """The learning rate of every update, once the number of training samples is known."""
+        return make_schedule(self.config, samples)
+
+
+def make_plan(loaded: Loaded, machine: Machine, world: World, preview: Preview, run_folder: Path) -> Plan:
+    """Decide a run on this machine, or inside the `world` that a launcher has already started.
+
+    Raises:
+        TopologyError: the devices asked for are not there.
+        ConfigError: the global batch size does not divide.
+    """
+    config = loaded.config
+    processes = _processes(loaded, machine, world)
+    batch = _batch(loaded, processes.world_size, preview)
+    return Plan(
+        shoal=__version__,
+        config=config,
+        processes=processes,
+        batch=batch,
+        length=_length(config, preview),
+        run_folder=str(run_folder),
+        command=_command(processes, run_folder),
+        environment=_environment(processes),
+    )
+
+
+def _processes(loaded: Loaded, machine: Machine, world: World) -> Processes:
+    parallel = loaded.config.parallel
+    device = _device(loaded, machine)
+    nodes, per_node = parallel.nodes, _devices_per_node(loaded, machine, device)
+    if world.launched:
+        nodes, per_node = max(1, world.size // world.local_size), world.local_size
+        stated_nodes = "parallel.nodes" in loaded.layer.places
+        stated = parallel.nodes * parallel.devices if isinstance(parallel.devices, int) else None
+        if (stated is not None and stated != world.size) or (stated_nodes and parallel.nodes != nodes):
+            raise TopologyError(
+                f"{loaded.place('parallel.devices')}: parallel.devices = {parallel.devices} on parallel.nodes = "
+                f"{parallel.nodes}, but the launcher started {world.size} processes on {nodes} nodes; "
+                "state the same in both, or leave parallel.devices=auto"
+            )
+    elif parallel.nodes > 1:
+        raise TopologyError(
+            f"{loaded.place('parallel.nodes')}: parallel.nodes = {parallel.nodes}: `shoal run` starts the processes "
+            "of one machine; for several, run `accelerate launch --num_machines … -m launch.train` on each"
+        )
+    size = nodes * per_node
+    strategy = parallel.strategy
+    if strategy == "single" and size > 1:
+        raise TopologyError(
+            f"{loaded.place('parallel.strategy')}: parallel.strategy = single, but there are {size} processes; "
+            "use parallel.strategy=ddp, or parallel.devices=1"
+        )
+    if strategy == "auto":
+        strategy = "ddp" if size > 1 else "single"
+    threads = max(1, machine.cores // per_node)
+    return Processes(
+        strategy=strategy, device=device, nodes=nodes, per_node=per_node, world_size=size, threads=threads
+    )
+
+
+def _device(loaded: Loaded, machine: Machine) -> Device:
+    device = loaded.config.parallel.device
+    if device == "auto":
+        return "cuda" if machine.gpus else "mps" if machine.mps else "cpu"
+    if (device == "cuda" and not machine.gpus) or (device == "mps" and not machine.mps):
+        raise TopologyError(
+            f"{loaded.place('parallel.device')}: parallel.device = {device}: {machine.host} has none "
+            "(CUDA_VISIBLE_DEVICES counts too); use parallel.device=cpu"
+        )
+    return device
+
+
+def _devices_per_node(loaded: Loaded, machine: Machine, device: Device) -> int:
+    devices = loaded.config.parallel.devices
+    if devices == "auto":
+        return machine.gpus if device == "cuda" else 1
+    limit = {"cuda": machine.gpus, "mps": 1, "cpu": machine.cores * CPU_RANKS_PER_CORE}[device]
+    if devices > limit:
+        there = {
+            "cuda": f"{machine.host} has {limit} GPUs",
+            "mps": f"{machine.host} has 1 MPS device",
+            "cpu": f"{machine.host} has no GPU and {machine.cores} CPU cores, good for at most {limit} processes",
+        }[device]
+        raise TopologyError(
+            f"{loaded.place('parallel.devices')}: parallel.devices = {devices}: {there}; "
+            f"use parallel.devices={limit} or fewer"
+        )
+    return devices
+
+
+def _batch(loaded: Loaded, world_size: int, preview: Preview) -> BatchPlan:
+    train = loaded.config.train
+    total, micro = train.global_batch_size, train.micro_batch_size
+    key = "train.global_batch_size"
+    if total % world_size:
+        near = ", ".join(str(n) for n in _multiples_around(total, world_size))
+        raise ConfigError(
+            f"{loaded.place(key)}: {key} = {total}: does not divide over {world_size} processes; "
+            f"use {near}, or another number of processes"
+        )
+    if micro is None:
+        micro = total // world_size
+    if total % (micro * world_size):
+        share = total // world_size
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        near = min(divisors, key=lambda n: abs(n - micro))
+        place = loaded.place("train.micro_batch_size")
+        raise ConfigError(
+            f"{place}: train.micro_batch_size = {micro}: {key} = {total} is not {micro} × accumulation × "
+            f"{world_size} processes; use train.micro_batch_size={near}"
+        )
+    tokens = preview.tokens_per_sample
+    return BatchPlan(
+        global_batch_size=total,
+        micro_batch_size=micro,
+        accumulation=total // (micro * world_size),
+        eval_batch_size=loaded.config.eval.batch_size or micro,
+        tokens_per_update=tokens * total if tokens else None,
+    )
+
+
+def _multiples_around(value: int, step: int) -> list[int]:
+    below = value // step * step
+    return [n for n in (below, below + step) if n]
+
+
+def make_schedule(config: RunConfig, samples: int) -> Schedule:
+    """The schedule that `config` means for this many training samples."""
+    train = config.train
+    total = total_updates(samples, train.global_batch_size, train.epochs, train.max_steps)
+    warmup = warmup_updates(total, train.warmup_ratio, train.warmup_steps)
+    return Schedule(train.schedule, train.learning_rate, warmup, total)
+
+
+def _length(config: RunConfig, preview: Preview) -> Length:
+    train, samples = config.train, preview.samples
+    known = samples is not None or train.max_steps is not None
+    schedule = make_schedule(config, samples or 0) if known else None
+    return Length(
+        samples=samples,
+        updates_per_epoch=updates_per_epoch(samples, train.global_batch_size) if samples else None,
+        updates=schedule.total if schedule else None,
+        warmup=schedule.warmup if schedule else None,
+        peak_learning_rate=train.learning_rate,
+        first_learning_rate=schedule.learning_rate(1) if schedule else None,
+        last_learning_rate=schedule.learning_rate(schedule.total) if schedule else None,
+    )
+
+
+def _command(processes: Processes, run_folder: Path) -> tuple[str, ...]:
+    """What starts the workers.
+
+    CPU processes go through torchrun: `accelerate launch --cpu --num_processes 2` starts one process without a
+    word (accelerate 1.15, `launch_command` takes the simple launcher whenever `--cpu` is given).
+    """
+    worker = ("-m", "launch.train", str(run_folder))
+    if processes.world_size == 1:
+        return (sys.executable, *worker)
+    if processes.device == "cuda":
+        return (
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", str(shipped_folder("accelerate_configs") / "ddp.yaml")),
+            *("--num_processes", str(processes.per_node), "--main_process_port", "0"),
+            *worker,
+        )
+    return (
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(processes.per_node)),
+        *worker,
+    )
+
+
+def _environment(processes: Processes) -> dict[str, str]:
+    environment = {"OMP_NUM_THREADS": str(processes.threads), **python_environment()}
+    if processes.device == "cpu":
+        environment["ACCELERATE_USE_CPU"] = "true"
+    return environment
+
+
+def python_environment() -> dict[str, str]:
+    """Our packages are found wherever the user stands, and a folder `recipes/` there hides nothing."""
+    return {"PYTHONPATH": str(code_root()), "PYTHONSAFEPATH": "1"}
+
+
+# --- for people ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """One fact of a plan: a name, its value, and where the value follows from."""
+
+    name: str
+    value: str
+    because: str = ""
+
+
+def explain(plan: Plan) -> list[Line]:
+    """The arithmetic of a plan, each number with its derivation."""
+    processes, batch, length, train = plan.processes, plan.batch, plan.length, plan.config.train
+    per_node = f"{processes.nodes} nodes × {processes.per_node}"
+    lines = [
+        Line("recipe", plan.config.recipe),
+        Line(
+            "processes",
+            f"{processes.world_size} on {processes.device}, strategy {processes.strategy}, {train.precision}",
+            f"{per_node}, {processes.threads} CPU threads each".removeprefix("1 nodes × "),
+        ),
+        Line(
+            "global batch",
+            f"{batch.global_batch_size} samples",
+            f"micro-batch {batch.micro_batch_size} × accumulation {batch.accumulation} × "
+            f"{processes.world_size} processes",
+        ),
+    ]
+    if batch.tokens_per_update:
+        each = batch.tokens_per_update // batch.global_batch_size
+        lines.append(
+            Line(
+                "tokens per update",
+                f"{batch.tokens_per_update:,}",
+                f"{batch.global_batch_size} samples × {each} tokens",
+            )
+        )
+    lines.append(Line("training samples", "known after preparation" if length.samples is None else f"{length.samples:,}"))
+    lines.append(Line("updates", *_updates_explained(length, train.epochs)))
+    if length.updates is None or length.warmup is None:
+        ratio = f"{train.warmup_ratio:g} of the updates" if train.warmup_ratio else f"{train.warmup_steps or 0} updates"
+        lines.append(Line("learning rate", f"peak {train.learning_rate:g}", f"{train.schedule}, warm-up {ratio}"))
+    else:
+        lines.append(
+            Line(
+                "learning rate",
+                f"{length.first_learning_rate:.3g} at update 1, {length.peak_learning_rate:g} at update "
+                f"{max(length.warmup, 1)}, {length.last_learning_rate:.3g} at update {length.updates}",
+                f"{train.schedule}, warm-up {length.warmup} updates",
+            )
+        )
+    lines.append(Line("run folder", plan.run_folder))
+    return lines
+
+
+def _updates_explained(length: Length, epochs: float | None) -> tuple[str, str]:
+    if epochs is None:
+        if length.updates_per_epoch and length.updates:
+            return f"{length.updates:,}", f"train.max_steps, {length.updates / length.updates_per_epoch:.2f} epochs"
+        return f"{length.updates:,}", "train.max_steps"
+    if length.updates is None:
+        return "known after preparation", f"{epochs:g} epochs × samples / global batch"
+    return f"{length.updates:,}", f"{epochs:g} epochs × {length.updates_per_epoch} updates"
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data."""
+    return plan.model_dump(mode="json")

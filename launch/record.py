@@ -1,0 +1,138 @@
+"""The run folder: what a run was, what it did, how it ended. The only thing that goes from launcher to worker.
+
+    run.yaml        the resolved configuration, itself a run file
+    plan.json       the plan, and where it was made: versions, git commit, environment (without secrets)
+    logs/           rank-N.log, one per process
+    metrics.jsonl   one object a line
+    checkpoints/    step-000100/ …
+    export/         the trained model as a Hugging Face folder
+    result.json     how it ended well
+    failure-N.json  how rank N failed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from launch.assets import code_root
+from launch.config import dump_yaml
+from launch.errors import RunFolderError
+from launch.plan import Plan, as_json
+from launch.topology import recorded_environment
+
+RECORDED_PACKAGES = (
+    *("shoal", "torch", "accelerate", "transformers", "datasets", "tokenizers", "safetensors", "numpy"),
+    *("deepspeed", "wandb"),
+)
+
+
+def default_run_folder(recipe: str) -> Path:
+    """`runs/<recipe>-<time>`, in the folder we stand in; with a number behind it if that is taken."""
+    name = f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for candidate in (Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 100)))):
+        if not candidate.exists():
+            return candidate.absolute()
+    raise RunFolderError(f"runs/{name}: taken a hundred times over; name a folder with --out")
+
+
+def create_run_folder(plan: Plan) -> Path:
+    """Make the folder of a plan and write down what was decided. Never touches a folder with something in it.
+
+    Raises:
+        RunFolderError: the folder holds something already, or cannot be written.
+    """
+    folder = Path(plan.run_folder)
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise RunFolderError(f"{folder}: is not empty, and a run is never overwritten; choose another --out")
+        (folder / "logs").mkdir(parents=True)
+        (folder / "run.yaml").write_text(dump_yaml(plan.config), encoding="utf-8")
+        write_json(folder / "plan.json", {"plan": as_json(plan), **_surroundings()})
+    except OSError as error:
+        raise RunFolderError(f"{folder}: the run folder cannot be written: {error.strerror or error}") from None
+    return folder
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan a run folder was made from.
+
+    Raises:
+        RunFolderError: the folder is not one of a run.
+    """
+    path = folder / "plan.json"
+    try:
+        return Plan.model_validate(json.loads(path.read_text(encoding="utf-8"))["plan"])
+    except FileNotFoundError:
+        raise RunFolderError(f"{folder}: is not a run folder (no plan.json in it)") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise RunFolderError(f"{path}: cannot be read: {error}") from None
+
+
+def model_folder(run: Path) -> Path:
+    """The exported model of a run folder, or the folder itself where it is a Hugging Face model.
+
+    Raises:
+        RunFolderError: there is no model.
+    """
+    for folder in (run / "export", run):
+        if (folder / "config.json").is_file():
+            return folder
+    state = "this run has exported no model (yet)" if (run / "plan.json").is_file() else "no such run or model folder"
+    raise RunFolderError(f"{run}: {state}; give a finished run folder, as printed by `shoal run`")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write whole or not at all: aside, then renamed."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, or None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _surroundings() -> dict[str, Any]:
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "arguments": sys.argv,
+        "versions": _versions(),
+        "git": _git_commit(code_root()),
+        "environment": recorded_environment(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git_commit(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout the code runs from, and whether files differ from it; None outside a checkout."""
+    try:
+        commit, status = (
+            subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+            ).stdout
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.strip(), "modified": bool(status.strip())}

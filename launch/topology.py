@@ -1,0 +1,129 @@
+"""The machine we are on and the process we are: the only reader of the environment.
+
+Counts devices without importing torch, because `shoal plan` must answer in a moment.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launch.errors import TopologyError
+
+Device = Literal["cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this host offers."""
+
+    host: str
+    cores: int
+    """CPU cores this process may use (its affinity, not the machine's total)."""
+    gpus: int
+    mps: bool = False
+
+
+@dataclass(frozen=True)
+class World:
+    """The process group a launcher has put this process in; one process alone where there is none."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launched: bool = False
+    """Whether a launcher said so; False: no RANK and WORLD_SIZE in the environment."""
+
+
+def read_machine() -> Machine:
+    """Look at this host; takes about a millisecond."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    mps = sys.platform == "darwin" and platform.machine() == "arm64"
+    return Machine(socket.gethostname(), cores, _count_gpus(os.environ), mps)
+
+
+def _count_gpus(environ: Mapping[str, str], root: Path = Path("/")) -> int:
+    """NVIDIA GPUs visible to a process started now, from the driver's own files."""
+    present = len(list((root / "proc/driver/nvidia/gpus").glob("*")))
+    if not present:
+        present = sum(1 for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not present:
+        return present
+    names = [name.strip() for name in visible.split(",")]
+    if "-1" in names:  # CUDA ignores everything from the first invalid name on
+        names = names[: names.index("-1")]
+    return min(present, sum(1 for name in names if name))
+
+
+def read_world(environ: Mapping[str, str] = os.environ) -> World:
+    """Read the variables that torchrun and `accelerate launch` set.
+
+    Raises:
+        TopologyError: one of them is there without the others, or is not a number.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    stated = {name: environ[name] for name in names if environ.get(name)}
+    if "RANK" not in stated and "WORLD_SIZE" not in stated:
+        return World()
+    missing = [name for name in names if name not in stated]
+    if missing:
+        raise TopologyError(
+            f"the environment sets {', '.join(stated)} but not {', '.join(missing)}; start the workers with "
+            "`shoal run`, `accelerate launch` or `torchrun`, which set all of them"
+        )
+    try:
+        rank, size, local_rank = (int(stated[name]) for name in names)
+        local_size = int(environ.get("LOCAL_WORLD_SIZE") or size)
+    except ValueError:
+        shown = " ".join(f"{name}={value}" for name, value in stated.items())
+        raise TopologyError(f"the environment holds {shown}, which are not all whole numbers") from None
+    return World(rank, size, local_rank, local_size, launched=True)
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where prepared data is kept between runs: `$SHOAL_CACHE`, else the user's cache folder."""
+    stated = environ.get("SHOAL_CACHE")
+    if stated:
+        return Path(stated).expanduser().absolute()
+    base = environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "shoal"
+
+
+def hub_is_off(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the user switched the Hugging Face Hub off (HF_HUB_OFFLINE)."""
+    return environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
+def is_supervised(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `shoal run` started this worker: it shows our stdout, keeps our stderr, and reports our failure."""
+    return environ.get("SHOAL_SUPERVISED") == "1"
+
+
+def worker_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with a plan's `changes` laid over it."""
+    return {**os.environ, **changes}
+
+
+_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|JWT|COOKIE)", re.IGNORECASE)
+_RECORDED = re.compile(
+    r"(CUDA|NCCL|GLOO|TORCH|PYTORCH|OMP|MKL|HF_HUB_OFFLINE|HF_HOME|HF_DATASETS|TOKENIZERS|TRANSFORMERS"
+    r"|ACCELERATE|FSDP|DS_|SLURM|SHOAL|PJRT|XLA|RANK$|WORLD_SIZE$|LOCAL_RANK$|LOCAL_WORLD_SIZE$)"
+)
+
+
+def recorded_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that can change a run, for its record; never one whose name speaks of a secret."""
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if _RECORDED.match(name) and (name == "TOKENIZERS_PARALLELISM" or not _SECRET_NAME.search(name))
+    }
