@@ -6,10 +6,10 @@ import json
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich import box
 from rich.console import Console
@@ -18,14 +18,12 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from launch import __version__, local
-from launch.cache import Cache
-from launch.config import Key, Loaded, RunConfig, describe, load
+from launch.config import Key, Loaded, RunConfig, describe
 from launch.errors import EXIT_CODES, LaunchError
-from launch.plan import Plan, as_json, explain, make_plan, python_environment
-from launch.recipe import RecipeContext
-from launch.record import create_run_folder, default_run_folder, model_folder, read_json
-from launch.registry import Recipe, find_run_file, load_module, load_recipe, shipped_recipes
-from launch.topology import World, cache_folder, read_machine, worker_environment
+from launch.plan import Plan, as_json, decide, explain, python_environment
+from launch.record import create_run_folder, model_folder, read_json
+from launch.registry import Recipe, load_module, shipped_recipes
+from launch.topology import World, worker_environment
 
 app = typer.Typer(
     name="shoal",
@@ -56,7 +54,7 @@ def complain(message: str) -> None:
 class _CommandWithKeys(TyperCommand):
     """A command whose `--help` ends with every key of a run file."""
 
-    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
         formatter.write("\nKeys of a run file, set on the command line as section.key=value:\n\n")
         for key in describe(RunConfig):
@@ -65,7 +63,7 @@ class _CommandWithKeys(TyperCommand):
 
 def _documented(key: Key, width: int) -> str:
     head = f"  {key.name}  ({key.kind}; default {key.default})\n".replace("; default required", "; required")
-    return head + click.formatting.wrap_text(key.description, width, "      ", "      ") + "\n"
+    return head + textwrap.fill(key.description, width, initial_indent=" " * 6, subsequent_indent=" " * 6) + "\n"
 
 
 RunFile = Annotated[str, typer.Argument(metavar="FILE", help="A run file, or the name of a shipped one.")]
@@ -73,7 +71,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value …]", help="Overrides, such as train.max_steps=20.")
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="RUN_FOLDER", help="Where to keep the run [runs/<recipe>-<time>].")
+    Path | None,
+    typer.Option("--out", metavar="RUN_FOLDER", help="Where to keep the run [runs/<recipe>-<time>]."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout and nothing else.")]
 
@@ -81,7 +80,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSO
 @app.command("run", cls=_CommandWithKeys)
 def run_command(file: RunFile, overrides: Overrides = None, out: Out = None, json_: AsJson = False) -> None:
     """Train, evaluate and export; everything is written to the run folder."""
-    plan = _decide(file, overrides, out)[0]
+    plan = decide(file, overrides or [], out, World()).plan
     folder = create_run_folder(plan)
     if not json_:
         _print_plan(plan, Console(stderr=True, highlight=False))
@@ -98,14 +97,15 @@ def run_command(file: RunFile, overrides: Overrides = None, out: Out = None, jso
 @app.command("plan", cls=_CommandWithKeys)
 def plan_command(file: RunFile, overrides: Overrides = None, out: Out = None, json_: AsJson = False) -> None:
     """Show what a run would do: arithmetic, schedule, command, configuration. Starts nothing."""
-    plan, loaded, recipe = _decide(file, overrides, out)
+    decided = decide(file, overrides or [], out, World())
+    plan = decided.plan
     if json_:
         print(json.dumps(as_json(plan), indent=2))
         return
     console = Console(highlight=False)
     _print_plan(plan, console)
     _print_command(plan)
-    _print_config(loaded, recipe)
+    _print_config(decided.loaded, decided.recipe)
 
 
 @app.command("generate")
@@ -150,20 +150,11 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[  # noqa: ARG001
+    version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     """Train and evaluate Hugging Face models from one recipe, with the same numbers on any devices."""
-
-
-def _decide(file: str, overrides: list[str] | None, out: Path | None) -> tuple[Plan, Loaded, Recipe]:
-    loaded = load(find_run_file(file), overrides or [])
-    recipe = load_recipe(loaded)
-    loaded = loaded.with_recipe_args(recipe.args.model_dump(mode="json"))
-    preview = recipe.preview(RecipeContext(Cache(cache_folder()), loaded.config.train.seed))
-    folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
-    return make_plan(loaded, read_machine(), World(), preview, folder), loaded, recipe
 
 
 def _print_plan(plan: Plan, console: Console) -> None:

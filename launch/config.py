@@ -297,9 +297,7 @@ _TYPE_NAMES = {
 }
 
 
-def _message(
-    model: type[BaseModel], details: ErrorDetails, layer: Layer, start: tuple[str, ...]
-) -> tuple[str, str]:
+def _message(model: type[BaseModel], details: ErrorDetails, layer: Layer, start: tuple[str, ...]) -> tuple[str, str]:
     """`("place: key = value: ", "the rule that it breaks")`."""
     location = _without_union_tags(model, details["loc"])
     keys = (*start, *location)
@@ -421,7 +419,12 @@ def _kind(annotation: Any) -> str:
     plain = literal.replace("typing.", "").replace("'", "")
     plain = re.sub(r"tuple\[str, \.\.\.\]", "list of text", plain)
     plain = re.sub(r"dict(\[.*\])?", "mapping", plain)
-    for python, word in (("int", "whole number"), ("float", "number"), ("bool", "true|false"), ("str", "text")):
+    for python, word in (
+        ("int", "whole number"),
+        ("float", "number"),
+        ("bool", "true|false"),
+        ("str", "text"),
+    ):
         plain = re.sub(rf"\b{python}\b", word, plain)
     return plain
 

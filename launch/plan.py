@@ -1,8 +1,12 @@
-"""RunConfig × Machine → Plan: everything that is decided before a run starts. Pure, without torch."""
+"""RunConfig × Machine → Plan: everything that is decided before a run starts, without torch.
+
+`decide` looks at the files and the machine; all below it is pure.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +15,13 @@ from pydantic import BaseModel, ConfigDict
 
 from launch import __version__
 from launch.assets import code_root, shipped_folder
-from launch.config import Loaded, RunConfig
+from launch.cache import Cache
+from launch.config import Loaded, RunConfig, load
 from launch.errors import ConfigError, TopologyError
-from launch.recipe import Preview
+from launch.recipe import Preview, RecipeContext
+from launch.registry import Recipe, find_run_file, load_recipe
 from launch.schedule import Schedule, total_updates, updates_per_epoch, warmup_updates
-from launch.topology import Device, Machine, World
+from launch.topology import Device, Machine, World, cache_folder, read_machine
 
 CPU_RANKS_PER_CORE = 4
 """More processes than this on one core only get in each other's way; a larger number is a slip."""
@@ -79,6 +85,36 @@ class Plan(_Frozen):
         return make_schedule(self.config, samples)
 
 
+@dataclass(frozen=True)
+class Decided:
+    """A plan, with the configuration and the recipe it was made from."""
+
+    plan: Plan
+    loaded: Loaded
+    recipe: Recipe
+
+
+def decide(file: str, overrides: list[str], out: Path | None, world: World) -> Decided:
+    """From a run file (or the name of a shipped one) and overrides to a plan for this machine.
+
+    Raises:
+        LaunchError: the run cannot be; nothing was started or written.
+    """
+    loaded = load(find_run_file(file), overrides)
+    recipe = load_recipe(loaded)
+    loaded = loaded.with_recipe_args(recipe.args.model_dump(mode="json"))
+    preview = recipe.preview(RecipeContext(Cache(cache_folder()), loaded.config.train.seed))
+    folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
+    return Decided(make_plan(loaded, read_machine(), world, preview, folder), loaded, recipe)
+
+
+def default_run_folder(recipe: str) -> Path:
+    """`runs/<recipe>-<time>`, in the folder we stand in; with a number behind it if that is taken."""
+    base = Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidates = (base.with_name(f"{base.name}{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(folder for folder in candidates if not folder.exists()).absolute()
+
+
 def make_plan(loaded: Loaded, machine: Machine, world: World, preview: Preview, run_folder: Path) -> Plan:
     """Decide a run on this machine, or inside the `world` that a launcher has already started.
 
@@ -130,9 +166,7 @@ def _processes(loaded: Loaded, machine: Machine, world: World) -> Processes:
     if strategy == "auto":
         strategy = "ddp" if size > 1 else "single"
     threads = max(1, machine.cores // per_node)
-    return Processes(
-        strategy=strategy, device=device, nodes=nodes, per_node=per_node, world_size=size, threads=threads
-    )
+    return Processes(strategy=strategy, device=device, nodes=nodes, per_node=per_node, world_size=size, threads=threads)
 
 
 def _device(loaded: Loaded, machine: Machine) -> Device:
@@ -180,11 +214,11 @@ def _batch(loaded: Loaded, world_size: int, preview: Preview) -> BatchPlan:
     if total % (micro * world_size):
         share = total // world_size
         divisors = [n for n in range(1, share + 1) if share % n == 0]
-        near = min(divisors, key=lambda n: abs(n - micro))
+        closest = min(divisors, key=lambda n: abs(n - micro))
         place = loaded.place("train.micro_batch_size")
         raise ConfigError(
             f"{place}: train.micro_batch_size = {micro}: {key} = {total} is not {micro} × accumulation × "
-            f"{world_size} processes; use train.micro_batch_size={near}"
+            f"{world_size} processes; use train.micro_batch_size={closest}"
         )
     tokens = preview.tokens_per_sample
     return BatchPlan(
@@ -298,7 +332,9 @@ def explain(plan: Plan) -> list[Line]:
                 f"{batch.global_batch_size} samples × {each} tokens",
             )
         )
-    lines.append(Line("training samples", "known after preparation" if length.samples is None else f"{length.samples:,}"))
+    lines.append(
+        Line("training samples", "known after preparation" if length.samples is None else f"{length.samples:,}")
+    )
     lines.append(Line("updates", *_updates_explained(length, train.epochs)))
     if length.updates is None or length.warmup is None:
         ratio = f"{train.warmup_ratio:g} of the updates" if train.warmup_ratio else f"{train.warmup_steps or 0} updates"
@@ -319,7 +355,10 @@ def explain(plan: Plan) -> list[Line]:
 def _updates_explained(length: Length, epochs: float | None) -> tuple[str, str]:
     if epochs is None:
         if length.updates_per_epoch and length.updates:
-            return f"{length.updates:,}", f"train.max_steps, {length.updates / length.updates_per_epoch:.2f} epochs"
+            return (
+                f"{length.updates:,}",
+                f"train.max_steps, {length.updates / length.updates_per_epoch:.2f} epochs",
+            )
         return f"{length.updates:,}", "train.max_steps"
     if length.updates is None:
         return "known after preparation", f"{epochs:g} epochs × samples / global batch"

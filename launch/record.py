@@ -1,13 +1,13 @@
 """The run folder: what a run was, what it did, how it ended. The only thing that goes from launcher to worker.
 
-    run.yaml        the resolved configuration, itself a run file
-    plan.json       the plan, and where it was made: versions, git commit, environment (without secrets)
-    logs/           rank-N.log, one per process
-    metrics.jsonl   one object a line
-    checkpoints/    step-000100/ …
-    export/         the trained model as a Hugging Face folder
-    result.json     how it ended well
-    failure-N.json  how rank N failed
+run.yaml        the resolved configuration, itself a run file
+plan.json       the plan, and where it was made: versions, git commit, environment (without secrets)
+logs/           rank-N.log, one per process
+metrics.jsonl   one object a line
+checkpoints/    step-000100/ …
+export/         the trained model as a Hugging Face folder
+result.json     how it ended well
+failure-N.json  how rank N failed
 """
 
 from __future__ import annotations
@@ -32,15 +32,6 @@ RECORDED_PACKAGES = (
     *("shoal", "torch", "accelerate", "transformers", "datasets", "tokenizers", "safetensors", "numpy"),
     *("deepspeed", "wandb"),
 )
-
-
-def default_run_folder(recipe: str) -> Path:
-    """`runs/<recipe>-<time>`, in the folder we stand in; with a number behind it if that is taken."""
-    name = f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for candidate in (Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 100)))):
-        if not candidate.exists():
-            return candidate.absolute()
-    raise RunFolderError(f"runs/{name}: taken a hundred times over; name a folder with --out")
 
 
 def create_run_folder(plan: Plan) -> Path:
@@ -89,6 +80,21 @@ def model_folder(run: Path) -> Path:
     raise RunFolderError(f"{run}: {state}; give a finished run folder, as printed by `shoal run`")
 
 
+def summary(result: dict[str, Any]) -> str:
+    """The last words of a run, for people."""
+    lines = []
+    validation = result["validation"]
+    for name in validation["after"]:
+        values = [f"{validation[when][name]:,.4f}" for when in ("before", "after") if when in validation]
+        lines.append(f"validation {name}: {' → '.join(values)}")
+    if result.get("sample"):
+        lines.append(f"sample: {result['sample']!r}")
+    if "export" in result:
+        lines.append(f"model: {result['export']} (reloaded and checked)")
+    lines.append(f"run folder: {result['run_folder']}")
+    return "\n".join(lines)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write whole or not at all: aside, then renamed."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -126,6 +132,8 @@ def _versions() -> dict[str, str]:
 
 def _git_commit(folder: Path) -> dict[str, Any] | None:
     """Commit of the checkout the code runs from, and whether files differ from it; None outside a checkout."""
+    if not (folder / ".git").exists():
+        return None
     try:
         commit, status = (
             subprocess.run(

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 from launch.assets import recipes_folder
-from launch.config import Loaded, validate
+from launch.config import Loaded, RunConfig, validate
 from launch.errors import ConfigError
 from launch.recipe import Prepared, Preview, RecipeArgs, RecipeContext
+from launch.source import Layer
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ def load_recipe(loaded: Loaded) -> Recipe:
     module = load_module(loaded.config.recipe, loaded.place("recipe"))
     args = validate(module.Args, loaded.config.recipe_args, loaded.layer, "recipe_args")
     return Recipe(module, args)
+
+
+def recipe_of(config: RunConfig) -> Recipe:
+    """The recipe of a configuration that was resolved before, such as the one in a plan."""
+    module = load_module(config.recipe, "plan")
+    return Recipe(module, validate(module.Args, config.recipe_args, Layer(), "recipe_args"))
 
 
 def load_module(recipe: str, place: str) -> ModuleType:

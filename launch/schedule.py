@@ -12,9 +12,7 @@ def updates_per_epoch(samples: int, global_batch_size: int) -> int:
     return math.ceil(samples / global_batch_size)
 
 
-def total_updates(
-    samples: int, global_batch_size: int, epochs: float | None, max_steps: int | None
-) -> int:
+def total_updates(samples: int, global_batch_size: int, epochs: float | None, max_steps: int | None) -> int:
     """Updates of the whole run, from the one of `epochs` and `max_steps` that is given."""
     if max_steps is not None:
         return max_steps

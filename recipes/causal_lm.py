@@ -24,7 +24,16 @@ from launch.cache import file_identity
 from launch.errors import ConfigError, DataError
 from launch.recipe import Batch, HubNameOrFolder, LocalPaths, Prepared, Preview, RecipeArgs, RecipeContext
 from recipes import embedded
-from recipes.text import FORMATS, Documents, Piece, check_files, check_hub, dataset_splits, read_dataset, read_files
+from recipes.text import (
+    FORMATS,
+    Documents,
+    Piece,
+    check_files,
+    check_hub,
+    dataset_splits,
+    read_dataset,
+    read_files,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +152,9 @@ def _load_tokenizer(args: Args, source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=name in args.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{key}: no tokenizer can be loaded from it: {_short(error)}{_trust_hint(error, name)}") from error
+        raise DataError(
+            f"{key}: no tokenizer can be loaded from it: {_short(error)}{_trust_hint(error, name)}"
+        ) from error
     # transformers 5 makes an empty tokenizer, without a word, from files it does not recognise.
     if len(tokenizer) < 2 or not tokenizer("The quick brown fox.", add_special_tokens=False)["input_ids"]:
         raise DataError(

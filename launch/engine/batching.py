@@ -8,7 +8,7 @@ number of forward and backward passes: with sharded weights each pass is a colle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from launch.recipe import Samples
+
+Indices = range | np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype
     return np.random.RandomState([seed, epoch]).permutation(samples)
 
 
-def deal(indices: Sequence[int], micro_batch_size: int, rank: int, world_size: int) -> tuple[MicroBatch, ...]:
+def deal(indices: Indices, micro_batch_size: int, rank: int, world_size: int) -> tuple[MicroBatch, ...]:
     """This rank's share of `indices`; every rank gets the same number of micro-batches."""
     assert len(indices), "a window holds at least one sample"
     row = micro_batch_size * world_size
@@ -90,7 +92,7 @@ class Order:
             yield Window(update, epoch, start + len(indices), cells)
 
 
-class _Indices:
+class _Sampler:
     """A batch sampler: DataLoader iterates over it, in this process, to learn what to load next."""
 
     def __init__(self, micro_batches: Callable[[], Iterable[MicroBatch]]) -> None:
@@ -110,7 +112,7 @@ def load(
     """Collated CPU batches, in the order of `micro_batches()`; with `workers` processes they come ahead of time."""
     loader: DataLoader[Any] = DataLoader(
         samples,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ serves
-        batch_sampler=_Indices(micro_batches),  # type: ignore[arg-type]  # any iterable of index lists serves
+        batch_sampler=_Sampler(micro_batches),
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,

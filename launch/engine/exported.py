@@ -1,7 +1,7 @@
 """Uses an exported model as any user of it would: reload by plain `from_pretrained`, compare, continue a text.
 
-    python -m launch.engine.exported check    FOLDER PROBE DEVICE PROMPT
-    python -m launch.engine.exported continue FOLDER PROMPT MAX_NEW_TOKENS TEMPERATURE SEED
+python -m launch.engine.exported check    FOLDER PROBE DEVICE PROMPT
+python -m launch.engine.exported continue FOLDER PROMPT MAX_NEW_TOKENS TEMPERATURE SEED
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     model, tokenizer = load_exported(folder)
     if verb == "check":
         probe, device, prompt = arguments[2:]
-        answer = {"difference": difference(model, Path(probe), device)}
+        answer: dict[str, Any] = {"difference": difference(model, Path(probe), device)}
         if prompt:
             answer["sample"] = continue_text(model, tokenizer, prompt, SAMPLE_TOKENS, 0.7, 0)
         print(json.dumps(answer))

@@ -36,29 +36,32 @@ class Evaluation:
     max_samples: int | None = None
     workers: int = 0
 
+    @property
+    def size(self) -> int:
+        """Samples that are evaluated."""
+        return min(len(self.samples), self.max_samples or len(self.samples))
+
     def __call__(self, model: torch.nn.Module, advance: Callable[[int], None] = lambda samples: None) -> Score:
         """Mean loss over all targets, in float64 sums. Every rank must call this; leaves the model's mode alone.
 
-        `advance` hears, after each batch, how many samples all ranks together have finished.
+        `advance` hears, after each batch, how many samples all ranks together have finished since the last.
         """
         accelerator = self.accelerator
-        size = min(len(self.samples), self.max_samples or len(self.samples))
-        cells = deal(range(size), self.batch_size, accelerator.process_index, accelerator.num_processes)
+        cells = deal(range(self.size), self.batch_size, accelerator.process_index, accelerator.num_processes)
         precise = precise_dtype(accelerator.device)
         total = torch.zeros((), dtype=precise, device=accelerator.device)
         counted = Counts()
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            batches = load(
-                self.samples, lambda: cells, self.collate, self.workers, accelerator.device.type == "cuda"
-            )
-            for cell, batch in zip(cells, batches, strict=True):
+            batches = load(self.samples, lambda: cells, self.collate, self.workers, accelerator.device.type == "cuda")
+            row = self.batch_size * accelerator.num_processes
+            for position, (cell, batch) in enumerate(zip(cells, batches, strict=True)):
                 summed = self.loss(model, send_to_device(batch, accelerator.device, non_blocking=True))
                 if not cell.filler:
                     total += summed.to(precise)
                 counted += count_batch(cell, batch, self.count)
-                advance(min(self.batch_size * accelerator.num_processes, size))
+                advance(min(row, self.size - position * row))
         model.train(was_training)
         total = accelerator.reduce(total, "sum")
         counts = count_over_ranks(accelerator, counted)

@@ -13,7 +13,9 @@ from launch.errors import ConfigError
 class Tracker:
     """Writes records, one JSON object a line, flushed at once: a killed run keeps every line it wrote."""
 
-    def __init__(self, folder: Path, wandb_mode: Literal["off", "offline", "online"], project: str, config: Any) -> None:
+    def __init__(
+        self, folder: Path, wandb_mode: Literal["off", "offline", "online"], project: str, config: Any
+    ) -> None:
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._wandb = None if wandb_mode == "off" else _start_wandb(folder, wandb_mode, project, config)
 
@@ -33,13 +35,12 @@ class Tracker:
             self._wandb.finish()
 
 
-def _start_wandb(folder: Path, mode: str, project: str, config: Any) -> Any:
+def _start_wandb(folder: Path, mode: Literal["offline", "online"], project: str, config: Any) -> Any:
     try:
         import wandb
     except ImportError:
         raise ConfigError(
-            f"track.wandb = {mode}: the package wandb is not installed; pip install 'shoal[wandb]', "
-            "or track.wandb=off"
+            f"track.wandb = {mode}: the package wandb is not installed; pip install 'shoal[wandb]', or track.wandb=off"
         ) from None
     run = wandb.init(
         project=project,
