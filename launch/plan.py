@@ -308,13 +308,14 @@ class Line:
 def explain(plan: Plan) -> list[Line]:
     """The arithmetic of a plan, each number with its derivation."""
     processes, batch, length, train = plan.processes, plan.batch, plan.length, plan.config.train
-    per_node = f"{processes.nodes} nodes × {processes.per_node}"
+    threads = f"{processes.threads} CPU thread{'s' if processes.threads > 1 else ''} each"
+    where = f"{processes.nodes} nodes × {processes.per_node}, " if processes.nodes > 1 else ""
     lines = [
         Line("recipe", plan.config.recipe),
         Line(
             "processes",
             f"{processes.world_size} on {processes.device}, strategy {processes.strategy}, {train.precision}",
-            f"{per_node}, {processes.threads} CPU threads each".removeprefix("1 nodes × "),
+            where + threads,
         ),
         Line(
             "global batch",
