@@ -61,8 +61,8 @@ class Args(RecipeArgs):
     """Dropout everywhere in the model; 0 makes runs comparable over numbers of processes."""
     trust_remote_code: tuple[str, ...] = ()
     """Names of models or tokenizers whose own Python code may be run; none unless named here."""
-    dataset: str | None = None
-    """Dataset on the Hub; null with no train_files either: Python's language reference."""
+    dataset: HubNameOrFolder | None = None
+    """Dataset on the Hub or local folder of one; null with no train_files either: Python's language reference."""
     dataset_config: str | None = None
     """Configuration of the Hub dataset, such as wikitext-2-raw-v1."""
     train_files: LocalPaths = ()
@@ -95,7 +95,7 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     for key, name in (("recipe_args.model", args.model), ("recipe_args.tokenizer", args.tokenizer)):
         if name is not None and name != embedded.NAME:
             _check_model_name(key, name)
-    if args.dataset:
+    if args.dataset and not Path(args.dataset).is_dir():
         check_hub("recipe_args.dataset", args.dataset, "dataset")
     prepared = context.cache.path("tokens", _tokens_key(args)) / "sizes.json"
     if not prepared.is_file():

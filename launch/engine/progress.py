@@ -57,7 +57,7 @@ class Display:
         bar.facts = facts
         if self._live:
             self._progress.update(bar.task, advance=amount, facts=facts)
-        elif time.monotonic() - bar.spoke >= PLAIN_SECONDS or bar.done == bar.total:
+        elif time.monotonic() - bar.spoke >= PLAIN_SECONDS or (bar.done == bar.total and len(self._bars) == 1):
             bar.spoke = time.monotonic()
             self.say(bar.line())
 
