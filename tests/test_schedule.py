@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 from typing import Literal
@@ -66,11 +67,11 @@ def test_up_to_the_peak_then_down_and_never_back(schedule: Schedule) -> None:
     found = rates(schedule)
     top = max(schedule.warmup, 1) - 1
     rising, falling = found[: top + 1], found[top:]
-    assert all(one < next_ for one, next_ in zip(rising, rising[1:], strict=False))
+    assert all(one < next_ for one, next_ in itertools.pairwise(rising))
     if schedule.kind == "constant":
         assert set(falling) == {schedule.peak}
     else:
-        assert all(one > next_ for one, next_ in zip(falling, falling[1:], strict=False))
+        assert all(one > next_ for one, next_ in itertools.pairwise(falling))
 
 
 @quick
