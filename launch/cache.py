@@ -51,8 +51,9 @@ class Cache:
                     shutil.rmtree(aside, ignore_errors=True)  # left by a process that died
                     aside.mkdir()
                     build(aside)
-                    for path in aside.iterdir():
-                        _flush_to_disk(path)
+                    for path in aside.rglob("*"):
+                        if path.is_file():
+                            _flush_to_disk(path)
                     aside.rename(final)
         except OSError as error:
             raise DataError(

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
 from launch.errors import ConfigError
+from launch.secret import is_secret_key, is_secret_value
 from launch.source import COMMAND_LINE, Layer, merge, read_overrides, read_run_file
 
 
@@ -81,7 +82,7 @@ class EvalSection(Section):
     every_steps: int | None = Field(None, ge=1)
     """Evaluate after every so many updates; null: only at the start and the end."""
     batch_size: int | None = Field(None, ge=1)
-    """Samples one process evaluates at once; null: the micro-batch size. Never changes the result."""
+    """Samples one process evaluates at once; null: the micro-batch size; it never changes the result."""
     at_start: bool = True
     """Evaluate before the first update."""
     max_samples: int | None = Field(None, ge=1)
@@ -200,29 +201,20 @@ def _with_default_length(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "train": {**train, "epochs": 1.0}}
 
 
-_SECRET_KEY = re.compile(
-    r"(^|_)(api_?key|access_?key|secret|password|passwd|credentials?|(hf|hub|auth|access|api|bearer|wandb)_token)$",
-    re.IGNORECASE,
-)
-_SECRET_VALUE = re.compile(
-    r"^(hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|wandb_v1_\w{20,}|AKIA\w{16})$|^\w+://[^/@:]*:[^/@]+@"
-)
-
-
 def _secrets(values: Any, layer: Layer, keys: tuple[str, ...] = ()) -> Iterator[str]:
-    """Whatever looks like a secret: a run is recorded whole, so it may hold none. Never shows the value."""
-    if isinstance(values, dict):
+    """One line per value that looks like a secret; the value is never shown."""
+    named = bool(keys) and is_secret_key(keys[-1]) and values not in (None, "", [], {})
+    if named or (isinstance(values, str) and is_secret_value(values)):
+        yield (
+            f"{_place(layer, keys)}: {'.'.join(keys)}: looks like a secret (value not shown); a run file and a "
+            "command line are recorded, so put it into the environment instead (HF_TOKEN, WANDB_API_KEY, …)"
+        )
+    elif isinstance(values, dict):
         for key, value in values.items():
             yield from _secrets(value, layer, (*keys, str(key)))
     elif isinstance(values, list):
         for value in values:
             yield from _secrets(value, layer, keys)
-    elif isinstance(values, str) and values and keys:
-        if _SECRET_KEY.search(keys[-1]) or _SECRET_VALUE.search(values):
-            yield (
-                f"{_place(layer, keys)}: {'.'.join(keys)}: looks like a secret (value not shown); a run file and "
-                "a command line are recorded, so put it into the environment instead (HF_TOKEN, WANDB_API_KEY, …)"
-            )
 
 
 def _impossible_combinations(loaded: Loaded) -> Iterator[str]:

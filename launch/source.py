@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from launch.errors import ConfigError
+from launch.secret import without_secrets
 
 COMMAND_LINE = "command line"
 
@@ -116,7 +117,7 @@ def read_overrides(overrides: list[str]) -> Layer:
         parts = key.split(".")
         if not equals or not all(parts):
             raise ConfigError(
-                f"{COMMAND_LINE}: {item!r} is not an override; write section.key=value, for example train.max_steps=20"
+                f"{COMMAND_LINE}: {without_secrets(item)!r} is not an override; write section.key=value, for example train.max_steps=20"
             )
         target = layer.values
         for part in parts[:-1]:
@@ -136,7 +137,9 @@ def _read_value(item: str, text: str) -> Any:
             return yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", None) or error
-            raise ConfigError(f"{COMMAND_LINE}: {item!r}: the value is not valid YAML: {problem}") from None
+            raise ConfigError(
+                f"{COMMAND_LINE}: {without_secrets(item)!r}: the value is not valid YAML: {problem}"
+            ) from None
     loader = _Loader("")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
     return loader.construct_object(yaml.ScalarNode(tag, text))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from launch.errors import TopologyError
+from launch.secret import is_secret_value
 
 Device = Literal["cpu", "cuda", "mps"]
 
@@ -58,10 +59,13 @@ def _count_gpus(environ: Mapping[str, str], root: Path = Path("/")) -> int:
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not present:
         return present
-    names = [name.strip() for name in visible.split(",")]
-    if "-1" in names:  # CUDA ignores everything from the first invalid name on
-        names = names[: names.index("-1")]
-    return min(present, sum(1 for name in names if name))
+    count = 0
+    for name in (part.strip() for part in visible.split(",")):
+        known = int(name) < present if name.isdecimal() else name.startswith(("GPU-", "MIG-"))
+        if not known:  # CUDA ignores everything from the first invalid name on
+            break
+        count += 1
+    return count
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
@@ -80,9 +84,14 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
             f"the environment sets {', '.join(stated)} but not {', '.join(missing)}; start the workers with "
             "`shoal run`, `accelerate launch` or `torchrun`, which set all of them"
         )
+    if environ.get("LOCAL_WORLD_SIZE"):
+        stated["LOCAL_WORLD_SIZE"] = environ["LOCAL_WORLD_SIZE"]
     try:
         rank, size, local_rank = (int(stated[name]) for name in names)
-        local_size = int(environ.get("LOCAL_WORLD_SIZE") or size)
+        local_size = int(stated.get("LOCAL_WORLD_SIZE", size))
+        if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+            shown = " ".join(f"{name}={value}" for name, value in stated.items())
+            raise TopologyError(f"the environment holds {shown}, which is no possible world")
     except ValueError:
         shown = " ".join(f"{name}={value}" for name, value in stated.items())
         raise TopologyError(f"the environment holds {shown}, which are not all whole numbers") from None
@@ -125,5 +134,7 @@ def recorded_environment(environ: Mapping[str, str] = os.environ) -> dict[str, s
     return {
         name: value
         for name, value in sorted(environ.items())
-        if _RECORDED.match(name) and (name == "TOKENIZERS_PARALLELISM" or not _SECRET_NAME.search(name))
+        if _RECORDED.match(name)
+        and not is_secret_value(value)
+        and (name == "TOKENIZERS_PARALLELISM" or not _SECRET_NAME.search(name))
     }

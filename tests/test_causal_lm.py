@@ -308,7 +308,7 @@ def test_the_embedded_default_is_made_once_and_splits_paragraphs(context: Recipe
 
 
 def failure(context: RecipeContext, args: Args) -> LaunchError:
-    with pytest.raises(LaunchError) as caught:
+    with pytest.raises(LaunchError) as caught:  # noqa: PT012  (either may refuse)
         preview(args, context)
         prepare(args, context)
     return caught.value
@@ -350,7 +350,7 @@ def test_files_and_folders_that_are_not_there(tmp_path: Path, context: RecipeCon
     assert str(error) == f"recipe_args.model = {tmp_path}/no: no such folder"
 
 
-def test_a_tokenizer_that_encodes_to_nothing(tmp_path: Path, context: RecipeContext, model_folder: Path) -> None:
+def test_a_tokenizer_that_encodes_to_nothing(context: RecipeContext, model_folder: Path) -> None:
     """transformers 5 makes an empty GPT-2 tokenizer, without a word, from files it does not recognise."""
     for path in model_folder.glob("tokenizer*"):
         path.unlink()
@@ -360,9 +360,7 @@ def test_a_tokenizer_that_encodes_to_nothing(tmp_path: Path, context: RecipeCont
     assert "encodes text to nothing" in str(failure(context, Args(model=str(model_folder))))
 
 
-def test_model_and_tokenizer_that_do_not_belong_together(
-    tmp_path: Path, context: RecipeContext, model_folder: Path
-) -> None:
+def test_model_and_tokenizer_that_do_not_belong_together(context: RecipeContext, model_folder: Path) -> None:
     GPT2Config(vocab_size=10, n_positions=64, n_embd=16, n_layer=1, n_head=2).save_pretrained(model_folder)
     assert "embeds 10 tokens, but the tokenizer has 53" in str(failure(context, arguments(model_folder)))
 
@@ -389,7 +387,10 @@ def test_settings_that_contradict_each_other(
 
 def test_remote_code_is_not_run_unless_named(tmp_path: Path, context: RecipeContext, model_folder: Path) -> None:
     ran = tmp_path / "ran"
-    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import GPT2Config\nclass Mine(GPT2Config):\n    model_type = 'mine'\n"
+    code = (
+        f"open({str(ran)!r}, 'w').close()\nfrom transformers import GPT2Config\n"
+        "class Mine(GPT2Config):\n    model_type = 'mine'\n"
+    )
     (model_folder / "configuration_mine.py").write_text(code)
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}, "vocab_size": 53}
     (model_folder / "config.json").write_text(json.dumps(config))
