@@ -117,7 +117,8 @@ def read_overrides(overrides: list[str]) -> Layer:
         parts = key.split(".")
         if not equals or not all(parts):
             raise ConfigError(
-                f"{COMMAND_LINE}: {without_secrets(item)!r} is not an override; write section.key=value, for example train.max_steps=20"
+                f"{COMMAND_LINE}: {without_secrets(item)!r} is not an override; write section.key=value, "
+                "for example train.max_steps=20"
             )
         target = layer.values
         for part in parts[:-1]:

@@ -1,0 +1,115 @@
+"""The whole path by its real commands: launcher, workers, export, generation."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["train.max_steps=6", "eval.every_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(cache: Path, *arguments: str, module: str = "launch") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, "SHOAL_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def assert_same_numbers(one: Path, other: Path) -> None:
+    for kind in ("train", "eval"):
+        pairs = list(zip(records(one, kind), records(other, kind), strict=True))
+        assert len(pairs) == {"train": 6, "eval": 3}[kind]
+        for a, b in pairs:
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+            assert a["targets"] == b["targets"]
+            if kind == "train":
+                assert (a["update"], a["epoch"], a["consumed"]) == (b["update"], b["epoch"], b["consumed"])
+                assert a["learning_rate"] == b["learning_rate"]
+            else:
+                assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-6)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_one_process_two_processes_and_accelerate_launch_agree(tmp_path: Path, cache: Path) -> None:
+    one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
+    run = command(cache, "run", "causal_lm", *SHORT, "save.every_steps=2", "save.keep_last=1", "--out", str(one))
+    assert run.returncode == 0, run.stderr
+    assert "validation perplexity: " in run.stdout
+    assert sorted(path.name for path in (one / "checkpoints").iterdir()) == ["step-000006"]
+    result = json.loads((one / "result.json").read_text())
+    assert result["difference"] <= 1e-5
+    assert result["validation"]["after"]["perplexity"] < result["validation"]["before"]["perplexity"]
+
+    run = command(cache, "run", "causal_lm", *SHORT, "parallel.devices=2", "--json", "--out", str(two))
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["updates"] == 6
+    assert_same_numbers(one, two)
+
+    config = str(ROOT / "accelerate_configs/ddp.yaml")
+    run = command(
+        cache,
+        *("--config_file", config, "--num_processes", "2", "-m", "launch.train", "causal_lm", *SHORT),
+        *("--out", str(three)),
+        module="accelerate.commands.launch",
+    )
+    assert run.returncode == 0, run.stderr
+    assert_same_numbers(one, three)
+
+    said = command(cache, "generate", str(one), "The value")
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("The value")
+
+    again = command(cache, "run", "causal_lm", "--out", str(one))
+    assert again.returncode == 5
+    assert again.stderr == f"shoal: {one}: is not empty, and a run is never overwritten; choose another --out\n"
+
+    # The plan of two processes, started as one: refused before any work.
+    alone = command(cache, str(two), module="launch.train")
+    assert alone.returncode == 4
+    assert "rank 0 finds itself in a world of 1" in alone.stderr
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_with_one_line(tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "launch", "run", "causal_lm", "parallel.devices=2", "--out", str(out)],
+        env={**os.environ, "SHOAL_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    launcher.send_signal(signal.SIGINT)
+    _, stderr = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert stderr.splitlines()[-1] == f"shoal: stopped by Ctrl-C; no process is left, the record is in {out}"
+    left = subprocess.run(["pgrep", "-f", f"launch.train {out}"], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
