@@ -6,6 +6,7 @@ long as it takes, without a process group and its time-out.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -38,7 +39,7 @@ class Cache:
         several processes one builds and the others wait; if it dies, the next one starts afresh.
 
         Raises:
-            DataError: the cache cannot be written.
+            DataError: the cache cannot be written. Any other error of `build` is passed on as it is.
         """
         final = self.path(name, key)
         if final.is_dir():
@@ -56,11 +57,22 @@ class Cache:
                             _flush_to_disk(path)
                     aside.rename(final)
         except OSError as error:
+            if not self._is_to_blame(error):
+                raise
             raise DataError(
                 f"{self.root}: the cache for prepared data cannot be written: {error}; "
                 "set SHOAL_CACHE to a folder that can"
             ) from error
         return final
+
+    def _is_to_blame(self, error: OSError) -> bool:
+        """Whether an error is about our folder, not about something that was read to fill it.
+
+        A failed write names no file; of the errors without one, these are the ones a disk gives.
+        """
+        if error.filename is None:
+            return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+        return Path(os.fsdecode(error.filename)).is_relative_to(self.root)
 
 
 def _flush_to_disk(path: Path) -> None:

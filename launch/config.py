@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,13 +16,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
 from launch.errors import ConfigError
 from launch.secret import is_secret_key, is_secret_value
-from launch.source import COMMAND_LINE, Layer, merge, read_overrides, read_run_file
+from launch.source import COMMAND_LINE, Layer, merge, read_overrides, read_run_file, write_yaml
 
 
 class Section(BaseModel):
@@ -149,6 +149,10 @@ EXCLUSIVE = (("train.max_steps", "train.epochs"), ("train.warmup_ratio", "train.
 """Groups of keys of which the one stated later (run file, then command line) replaces the other."""
 
 
+DEFAULT = "default"
+"""The place of a value that is stated nowhere."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A valid configuration and the place each stated key came from."""
@@ -163,7 +167,7 @@ class Loaded:
 
     def origin(self, key: str) -> str:
         """Where the value of `key` comes from: "default" unless the key itself was stated."""
-        return self.layer.places.get(key, "default")
+        return self.layer.places.get(key, DEFAULT)
 
     def with_recipe_args(self, recipe_args: dict[str, JsonValue]) -> Loaded:
         """The same, with the arguments of the recipe resolved: defaults filled in, paths absolute."""
@@ -178,9 +182,9 @@ def load(run_file: Path | None, overrides: list[str]) -> Loaded:
     """
     layer = read_run_file(run_file) if run_file else Layer()
     layer = merge(layer, read_overrides(overrides), EXCLUSIVE)
-    secrets = list(_secrets(layer.values, layer))
-    if secrets:
-        raise ConfigError("\n".join(secrets))
+    refused = [*_secrets(layer.values, layer), *_unrecordable(layer.values, layer)]
+    if refused:
+        raise ConfigError("\n".join(refused))
     config = validate(RunConfig, _with_default_length(layer.values), layer)
     if config.recipe.endswith(".py"):
         stated_in_file = run_file is not None and layer.places["recipe"] != COMMAND_LINE
@@ -215,6 +219,26 @@ def _secrets(values: Any, layer: Layer, keys: tuple[str, ...] = ()) -> Iterator[
     elif isinstance(values, list):
         for value in values:
             yield from _secrets(value, layer, keys)
+
+
+def _unrecordable(values: Any, layer: Layer, keys: tuple[str, ...] = ()) -> Iterator[str]:
+    """One line per value that JSON and a log cannot hold."""
+    head = f"{_place(layer, keys)}: {'.'.join(keys)} = {_shown(values)}: "
+    if isinstance(values, float) and not math.isfinite(values):
+        yield head + "must be a finite number"
+    elif isinstance(values, str) and not _is_unicode(values):
+        yield head + "must be valid Unicode text; rename the file, if it is one"
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            yield from _unrecordable(value, layer, (*keys, key))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _unrecordable(value, layer, keys)
+
+
+def _is_unicode(text: str) -> bool:
+    """Python makes lone surrogates of bytes on the command line that are not UTF-8 (PEP 383)."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _impossible_combinations(loaded: Loaded) -> Iterator[str]:
@@ -295,7 +319,8 @@ def _message(model: type[BaseModel], details: ErrorDetails, layer: Layer, start:
     keys = (*start, *location)
     dotted = ".".join(keys)
     if details["type"] == "missing":
-        return f"{_place(layer, keys)}: {dotted}: ", "must be set"
+        place = _place(layer, keys)
+        return f"{layer.source if place == DEFAULT else place}: {dotted}: ", "must be set"
     head = f"{_place(layer, keys)}: {dotted} = {_shown(details['input'])}: "
     if details["type"] == "extra_forbidden":
         return head, _unknown_key(model, location, start)
@@ -364,16 +389,16 @@ def nearest_key(key: str, siblings: list[str], everywhere: list[str]) -> str | N
 
 
 def _place(layer: Layer, keys: tuple[str, ...]) -> str:
-    for length in range(len(keys), 0, -1):
-        place = layer.places.get(".".join(keys[:length]))
-        if place:
-            return place
-    return "default"
+    """Where a key is stated; else a key within it; else the nearest section around it; else "default"."""
+    dotted = ".".join(keys)
+    within = (place for key, place in layer.places.items() if key.startswith(f"{dotted}."))
+    around = (layer.places.get(".".join(keys[:length])) for length in range(len(keys) - 1, 0, -1))
+    return layer.places.get(dotted) or next(within, None) or next(filter(None, around), DEFAULT)
 
 
 def _shown(value: Any) -> str:
     """A value as it would be written in a run file, cut to a readable length."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -428,4 +453,4 @@ def all_keys() -> list[str]:
 
 def dump_yaml(config: RunConfig) -> str:
     """The resolved configuration as a run file."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return write_yaml(config.model_dump(mode="json"))

@@ -142,15 +142,7 @@ def _processes(loaded: Loaded, machine: Machine, world: World) -> Processes:
     device = _device(loaded, machine)
     nodes, per_node = parallel.nodes, _devices_per_node(loaded, machine, device)
     if world.launched:
-        nodes, per_node = max(1, world.size // world.local_size), world.local_size
-        stated_nodes = "parallel.nodes" in loaded.layer.places
-        stated = parallel.nodes * parallel.devices if isinstance(parallel.devices, int) else None
-        if (stated is not None and stated != world.size) or (stated_nodes and parallel.nodes != nodes):
-            raise TopologyError(
-                f"{loaded.place('parallel.devices')}: parallel.devices = {parallel.devices} on parallel.nodes = "
-                f"{parallel.nodes}, but the launcher started {world.size} processes on {nodes} nodes; "
-                "state the same in both, or leave parallel.devices=auto"
-            )
+        nodes, per_node = _launched(loaded, machine, world)
     elif parallel.nodes > 1:
         raise TopologyError(
             f"{loaded.place('parallel.nodes')}: parallel.nodes = {parallel.nodes}: `shoal run` starts the processes "
@@ -169,14 +161,39 @@ def _processes(loaded: Loaded, machine: Machine, world: World) -> Processes:
     return Processes(strategy=strategy, device=device, nodes=nodes, per_node=per_node, world_size=size, threads=threads)
 
 
+def _launched(loaded: Loaded, machine: Machine, world: World) -> tuple[int, int]:
+    """Nodes, and processes on each, as a launcher has started them; a configuration that says otherwise is wrong."""
+    parallel = loaded.config.parallel
+    nodes, uneven = divmod(world.size, world.local_size)
+    if uneven:
+        raise TopologyError(
+            f"the launcher started {world.size} processes, {world.local_size} of them on {machine.host}; "
+            "start the same number on every node"
+        )
+    stated = parallel.nodes * parallel.devices if isinstance(parallel.devices, int) else None
+    for key, contradicted in (
+        ("parallel.devices", stated is not None and stated != world.size),
+        ("parallel.nodes", "parallel.nodes" in loaded.layer.places and parallel.nodes != nodes),
+    ):
+        if contradicted:
+            value = getattr(parallel, key.removeprefix("parallel."))
+            raise TopologyError(
+                f"{loaded.place(key)}: {key} = {value}: the configuration means {parallel.devices} devices on each of "
+                f"{parallel.nodes} nodes, but the launcher started {world.size} processes on {nodes} nodes; "
+                f"state the same in both, or leave {key} out"
+            )
+    return nodes, world.local_size
+
+
 def _device(loaded: Loaded, machine: Machine) -> Device:
     device = loaded.config.parallel.device
     if device == "auto":
         return "cuda" if machine.gpus else "mps" if machine.mps else "cpu"
     if (device == "cuda" and not machine.gpus) or (device == "mps" and not machine.mps):
+        hidden = " (CUDA_VISIBLE_DEVICES counts too)" if device == "cuda" else ""
         raise TopologyError(
-            f"{loaded.place('parallel.device')}: parallel.device = {device}: {machine.host} has none "
-            "(CUDA_VISIBLE_DEVICES counts too); use parallel.device=cpu"
+            f"{loaded.place('parallel.device')}: parallel.device = {device}: {machine.host} has none{hidden}; "
+            f"use parallel.device={'cuda' if machine.gpus else 'cpu'}"
         )
     return device
 
@@ -190,7 +207,8 @@ def _devices_per_node(loaded: Loaded, machine: Machine, device: Device) -> int:
         there = {
             "cuda": f"{machine.host} has {limit} GPUs",
             "mps": f"{machine.host} has 1 MPS device",
-            "cpu": f"{machine.host} has no GPU and {machine.cores} CPU cores, good for at most {limit} processes",
+            "cpu": f"{machine.host} has {'' if machine.gpus else 'no GPU and '}{machine.cores} CPU cores, good for at "
+            f"most {limit} processes",
         }[device]
         raise TopologyError(
             f"{loaded.place('parallel.devices')}: parallel.devices = {devices}: {there}; "
@@ -245,7 +263,7 @@ def make_schedule(config: RunConfig, samples: int) -> Schedule:
 
 def _length(config: RunConfig, preview: Preview) -> Length:
     train, samples = config.train, preview.samples
-    known = samples is not None or train.max_steps is not None
+    known = bool(samples) or train.max_steps is not None  # none at all: the recipe says so when it prepares
     schedule = make_schedule(config, samples or 0) if known else None
     return Length(
         samples=samples,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 
@@ -17,14 +18,19 @@ def total_updates(samples: int, global_batch_size: int, epochs: float | None, ma
     if max_steps is not None:
         return max_steps
     assert epochs is not None, "the configuration states one of the two"
-    return math.ceil(epochs * updates_per_epoch(samples, global_batch_size))
+    return math.ceil(_as_written(epochs) * updates_per_epoch(samples, global_batch_size))
 
 
 def warmup_updates(total: int, warmup_ratio: float | None, warmup_steps: int | None) -> int:
     """Updates spent warming up, never more than there are."""
     if warmup_steps is not None:
         return min(warmup_steps, total)
-    return math.floor((warmup_ratio or 0.0) * total)
+    return math.floor(_as_written(warmup_ratio or 0.0) * total)
+
+
+def _as_written(value: float) -> Fraction:
+    """The decimal a user wrote: 1.1 epochs of 100 updates are 110, though 1.1 * 100 is a little more in binary."""
+    return Fraction(repr(value))
 
 
 @dataclass(frozen=True)

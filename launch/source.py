@@ -1,4 +1,4 @@
-"""Reads run files and `section.key=value` overrides, and remembers where each value came from.
+"""Reads run files and `section.key=value` overrides, remembers where each value came from, and writes run files.
 
 Knows nothing of what the keys mean. YAML is read by the rules of YAML 1.2: `1e-3` is a number and `off`, `no`
 and `on` are text (PyYAML's default is YAML 1.1, where `1e-3` is text and `off` is false).
@@ -7,6 +7,7 @@ and `on` are text (PyYAML's default is YAML 1.1, where `1e-3` is text and `off` 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,16 @@ class Layer:
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
+    source: str = COMMAND_LINE
+    """The run file, where there is one: the place of what is stated nowhere."""
 
 
 def read_run_file(path: Path) -> Layer:
     """Read one YAML mapping.
 
     Raises:
-        ConfigError: the file is missing, not YAML, not a mapping, or states a key twice.
+        ConfigError: the file is missing, not YAML, not a mapping, states a key twice, or holds what a
+            configuration cannot (dates, binary data, a value within itself).
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -68,40 +72,15 @@ def read_run_file(path: Path) -> Layer:
         raise ConfigError(f"{path}: no such run file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a run file: {error}") from None
-    loader = _Loader(text)
     try:
-        root = loader.get_single_node()
-        if root is None:
-            raise ConfigError(f"{path}: empty run file; it needs at least `recipe: <name>`")
-        if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path}:1: a run file is a mapping of `section:` entries")
-        places: dict[str, str] = {}
-        _note_places(root, path, (), places)
-        return Layer(loader.construct_document(root), places)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
-
-
-def _note_places(node: yaml.MappingNode, path: Path, prefix: tuple[str, ...], places: dict[str, str]) -> None:
-    for key_node, value_node in node.value:
-        place = f"{path}:{key_node.start_mark.line + 1}"
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"{place}: a key must be plain text")
-        if key_node.tag != "tag:yaml.org,2002:str":
-            raise ConfigError(f"{place}: {key_node.value}: a key must be text; quote it if it is meant")
-        keys = (*prefix, key_node.value)
-        dotted = ".".join(keys)
-        if dotted in places:
-            raise ConfigError(f"{place}: {dotted} is stated twice (first at {places[dotted]}); keep one")
-        places[dotted] = place
-        if isinstance(value_node, yaml.MappingNode):
-            _note_places(value_node, path, keys, places)
+        values, lines = _read_yaml(text)
+    except _NotPlainData as error:
+        raise ConfigError(f"{path}:{error.line}: {error}") from None
+    if values is _NOTHING:
+        raise ConfigError(f"{path}: empty run file; it needs at least `recipe: <name>`")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}:1: a run file is a mapping of `section:` entries")
+    return Layer(values, {key: f"{path}:{line}" for key, line in lines.items()}, str(path))
 
 
 def read_overrides(overrides: list[str]) -> Layer:
@@ -109,7 +88,7 @@ def read_overrides(overrides: list[str]) -> Layer:
 
     Raises:
         ConfigError: an item is not of the form `key=value`, or its value is an unfinished list, mapping or
-            quoted text.
+            quoted text, or what a configuration cannot hold.
     """
     layer = Layer()
     for item in overrides:
@@ -126,24 +105,121 @@ def read_overrides(overrides: list[str]) -> Layer:
             if not isinstance(inner, dict):
                 inner = target[part] = {}
             target = inner
-        target[parts[-1]] = _read_value(item, text)
         layer.places[key] = COMMAND_LINE
+        try:
+            target[parts[-1]], inner_keys = _read_value(text)
+            layer.places.update({f"{key}.{inner}": COMMAND_LINE for inner in inner_keys})
+        except _NotPlainData as error:
+            raise ConfigError(f"{COMMAND_LINE}: {without_secrets(item)!r}: the value is {error}") from None
     return layer
 
 
-def _read_value(item: str, text: str) -> Any:
-    """Numbers, true/false, null, [lists], {mappings} and "quoted text" as in YAML; all else is plain text."""
+def _read_value(text: str) -> tuple[Any, Iterable[str]]:
+    """Numbers, true/false, null, [lists], {mappings} and "quoted text" as in YAML; all else is plain text.
+
+    With the value come the keys within it, where it is a mapping.
+    """
     if text[:1] in ("[", "{", '"', "'"):
-        try:
-            return yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or error
-            raise ConfigError(
-                f"{COMMAND_LINE}: {without_secrets(item)!r}: the value is not valid YAML: {problem}"
-            ) from None
+        return _read_yaml(text)
     loader = _Loader("")
-    tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
-    return loader.construct_object(yaml.ScalarNode(tag, text))
+    return loader.construct_object(yaml.ScalarNode(_tag_of(loader, text), text)), ()
+
+
+def _tag_of(loader: yaml.SafeLoader, text: str) -> str:
+    """What unquoted text is taken for."""
+    return str(loader.resolve(yaml.ScalarNode, text, (True, False)))  # type: ignore[no-untyped-call]
+
+
+class _NotPlainData(Exception):  # noqa: N818  (becomes a ConfigError, once the place is known)
+    """YAML that cannot be read, or that holds more than mappings, lists, text, numbers, true, false and null."""
+
+    def __init__(self, problem: str, line: int) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+_NOTHING = object()
+"""A text without a value in it: empty, or comments only."""
+
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+
+
+def _read_yaml(text: str) -> tuple[Any, dict[str, int]]:
+    """The one document of a text as plain data (`_NOTHING` where there is none), and the line of each dotted key.
+
+    Raises:
+        _NotPlainData: with the line, counted from 1.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                return _NOTHING, {}
+            lines: dict[str, int] = {}
+            _check(loader, root, (), (), lines)
+            return loader.construct_document(root), lines
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise _NotPlainData(f"not valid YAML: {error.problem or error}", mark.line + 1 if mark else 1) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _NotPlainData(f"not valid YAML: the character {chr(error.character)!r} is not allowed", line) from None
+
+
+def _check(
+    loader: yaml.SafeLoader,
+    node: yaml.Node,
+    within: tuple[yaml.Node, ...],
+    keys: tuple[str, ...] | None,
+    lines: dict[str, int],
+) -> None:
+    """Refuse what is not plain data; note the line of each key that mappings alone lead to (`keys`; None in a list)."""
+    line = node.start_mark.line + 1
+    if node in within:
+        raise _NotPlainData("not valid YAML here: a value cannot be part of itself", line)
+    if node.tag not in _PLAIN_TAGS:
+        name = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise _NotPlainData(f"not valid YAML here: {name} is no kind of value a configuration can hold", line)
+    if isinstance(node, yaml.MappingNode):
+        _check_mapping(loader, node, (*within, node), keys, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for inner in node.value:
+            _check(loader, inner, (*within, node), None, lines)
+    elif node.tag != "tag:yaml.org,2002:str":
+        # Only an explicit tag can contradict the text: !!int foo
+        if _tag_of(loader, node.value) not in (node.tag, _NARROWER.get(node.tag)):
+            name = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise _NotPlainData(f"not valid YAML here: {node.value!r} is no {name}", line)
+
+
+_NARROWER = {"tag:yaml.org,2002:float": "tag:yaml.org,2002:int"}
+
+
+def _check_mapping(
+    loader: yaml.SafeLoader,
+    node: yaml.MappingNode,
+    within: tuple[yaml.Node, ...],
+    keys: tuple[str, ...] | None,
+    lines: dict[str, int],
+) -> None:
+    own_lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise _NotPlainData("a key must be plain text", line)
+        if key_node.tag != "tag:yaml.org,2002:str":
+            raise _NotPlainData(f"{key_node.value}: a key must be text; quote it if it is meant", line)
+        path = (*(keys or ()), key_node.value)
+        if key_node.value in own_lines:
+            first = own_lines[key_node.value]
+            raise _NotPlainData(f"{'.'.join(path)} is stated twice (first in line {first}); keep one", line)
+        own_lines[key_node.value] = line
+        if keys is not None:
+            lines[".".join(path)] = line
+        _check(loader, value_node, within, path if keys is not None else None, lines)
 
 
 def merge(lower: Layer, upper: Layer, exclusive: tuple[tuple[str, ...], ...] = ()) -> Layer:
@@ -162,7 +238,7 @@ def merge(lower: Layer, upper: Layer, exclusive: tuple[tuple[str, ...], ...] = (
             if key not in stated_above and key in lower.places:
                 _remove(values, key.split("."))
                 del places[key]
-    return Layer(values, places)
+    return Layer(values, places, lower.source)
 
 
 def _merged(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
@@ -183,3 +259,20 @@ def _remove(values: dict[str, Any], keys: list[str]) -> None:
     for key in keys[:-1]:
         values = values[key]
     values.pop(keys[-1], None)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes any text that YAML 1.2 or YAML 1.1 (other programs) would take for something else."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {  # noqa: RUF012  (PyYAML's own class attribute)
+        first: [
+            *_Loader.yaml_implicit_resolvers.get(first, []),
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {*_Loader.yaml_implicit_resolvers, *yaml.SafeDumper.yaml_implicit_resolvers}
+    }
+
+
+def write_yaml(values: dict[str, Any]) -> str:
+    """Plain data as a run file, which `read_run_file` reads back to the same."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

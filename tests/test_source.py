@@ -126,9 +126,9 @@ BAD_FILES = [
     ("causal_lm\n", "{path}:1: a run file is a mapping of `section:` entries"),
     (
         "recipe: x\ntrain:\n  max_steps: 1\n  seed: 2\n  max_steps: 3\n",
-        "{path}:5: train.max_steps is stated twice (first at {path}:3); keep one",
+        "{path}:5: train.max_steps is stated twice (first in line 3); keep one",
     ),
-    ("train: {seed: 1}\nrecipe: x\ntrain: {}\n", "{path}:3: train is stated twice (first at {path}:1); keep one"),
+    ("train: {seed: 1}\nrecipe: x\ntrain: {}\n", "{path}:3: train is stated twice (first in line 1); keep one"),
     ("recipe: x\nrecipe_args: {1: 2}\n", "{path}:2: 1: a key must be text; quote it if it is meant"),
     ("recipe: x\ntrue: 2\n", "{path}:2: true: a key must be text; quote it if it is meant"),
     ("recipe: x\nrecipe_args:\n  null: 2\n", "{path}:3: null: a key must be text; quote it if it is meant"),
@@ -142,8 +142,7 @@ BAD_FILES = [
     ("recipe: x\n---\nrecipe: y\n", "{path}:2: not valid YAML: but found another document"),
     (
         "recipe: x\nrecipe_args:\n  a: !!python/name:os.system\n",
-        "{path}:3: not valid YAML: could not determine a constructor for the tag "
-        "'tag:yaml.org,2002:python/name:os.system'",
+        "{path}:3: not valid YAML here: !!python/name:os.system is no kind of value a configuration can hold",
     ),
     (
         b"recipe: caf\xe9\n",
@@ -221,7 +220,7 @@ OVERRIDES: list[tuple[str, Any]] = [
 def test_the_value_of_an_override(item: str, expected: Any) -> None:
     layer = read_overrides([item])
     assert same(layer.values["key"], expected), layer.values
-    assert layer.places == {"key": COMMAND_LINE}
+    assert layer.places["key"] == COMMAND_LINE
 
 
 def test_overrides_nest_and_the_later_wins() -> None:
