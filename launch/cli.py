@@ -83,7 +83,7 @@ def run_command(file: RunFile, overrides: Overrides = None, out: Out = None, jso
     plan = decide(file, overrides or [], out, World()).plan
     folder = create_run_folder(plan)
     if not json_:
-        _print_plan(plan, Console(stderr=True, highlight=False))
+        _print_plan(plan, _console(stderr=True))
     ending = local.run(plan, folder)
     if ending.exit_code:
         if ending.traceback:
@@ -102,10 +102,10 @@ def plan_command(file: RunFile, overrides: Overrides = None, out: Out = None, js
     if json_:
         print(json.dumps(as_json(plan), indent=2))
         return
-    console = Console(highlight=False)
+    console = _console()
     _print_plan(plan, console)
     _print_command(plan)
-    _print_config(decided.loaded, decided.recipe)
+    _print_config(decided.loaded, decided.recipe, console)
 
 
 @app.command("generate")
@@ -157,6 +157,15 @@ def _options(
     """Train and evaluate Hugging Face models from one recipe, with the same numbers on any devices."""
 
 
+WIDE = 200
+"""Columns of what is not a terminal: a file or a pipe wraps nothing."""
+
+
+def _console(*, stderr: bool = False) -> Console:
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, highlight=False, width=None if terminal else WIDE)
+
+
 def _print_plan(plan: Plan, console: Console) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -174,14 +183,23 @@ def _print_command(plan: Plan) -> None:
     print(f"  {shlex.join(plan.command)}\n")
 
 
-def _print_config(loaded: Loaded, recipe: Recipe) -> None:
+def _print_config(loaded: Loaded, recipe: Recipe, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("key", "value", "from"):
         table.add_column(title, overflow="fold")
-    for key in describe(type(recipe.args), "recipe_args.") + describe(RunConfig):
-        if key.name != "recipe_args":
-            table.add_row(key.name, Text(_value(loaded.config, key.name)), Text(loaded.origin(key.name), style="dim"))
-    Console(highlight=False).print(table)
+    own = [key.name for key in describe(type(recipe.args), "recipe_args.")]
+    for key in describe(RunConfig):
+        for name in own if key.name == "recipe_args" else [key.name]:
+            table.add_row(name, Text(_value(loaded.config, name)), Text(_origin(loaded, name), style="dim"))
+    if loaded.run_file:
+        print(f"Configuration, from {loaded.run_file}")
+    console.print(table)
+
+
+def _origin(loaded: Loaded, key: str) -> str:
+    """Where a value comes from; the run file itself is named above the table."""
+    origin = loaded.origin(key)
+    return f"line {origin.removeprefix(f'{loaded.run_file}:')}" if origin.startswith(f"{loaded.run_file}:") else origin
 
 
 def _value(config: RunConfig, dotted: str) -> str:

@@ -330,11 +330,8 @@ def explain(plan: Plan) -> list[Line]:
     where = f"{processes.nodes} nodes × {processes.per_node}, " if processes.nodes > 1 else ""
     lines = [
         Line("recipe", plan.config.recipe),
-        Line(
-            "processes",
-            f"{processes.world_size} on {processes.device}, strategy {processes.strategy}, {train.precision}",
-            where + threads,
-        ),
+        Line("processes", f"{processes.world_size} on {processes.device}", where + threads),
+        Line("strategy", processes.strategy, train.precision),
         Line(
             "global batch",
             f"{batch.global_batch_size} samples",
@@ -355,18 +352,7 @@ def explain(plan: Plan) -> list[Line]:
         Line("training samples", "known after preparation" if length.samples is None else f"{length.samples:,}")
     )
     lines.append(Line("updates", *_updates_explained(length, train.epochs)))
-    if length.updates is None or length.warmup is None:
-        ratio = f"{train.warmup_ratio:g} of the updates" if train.warmup_ratio else f"{train.warmup_steps or 0} updates"
-        lines.append(Line("learning rate", f"peak {train.learning_rate:g}", f"{train.schedule}, warm-up {ratio}"))
-    else:
-        lines.append(
-            Line(
-                "learning rate",
-                f"{length.first_learning_rate:.3g} at update 1, {length.peak_learning_rate:g} at update "
-                f"{max(length.warmup, 1)}, {length.last_learning_rate:.3g} at update {length.updates}",
-                f"{train.schedule}, warm-up {length.warmup} updates",
-            )
-        )
+    lines.append(Line("learning rate", *_rates_explained(length, plan.config)))
     lines.append(Line("run folder", plan.run_folder))
     return lines
 
@@ -382,6 +368,24 @@ def _updates_explained(length: Length, epochs: float | None) -> tuple[str, str]:
     if length.updates is None:
         return "known after preparation", f"{epochs:g} epochs × samples / global batch"
     return f"{length.updates:,}", f"{epochs:g} epochs × {length.updates_per_epoch} updates"
+
+
+def _rates_explained(length: Length, config: RunConfig) -> tuple[str, str]:
+    train = config.train
+    if length.updates is None or length.warmup is None:
+        warmup = (
+            f"{train.warmup_ratio:g} of the updates" if train.warmup_ratio else f"{train.warmup_steps or 0} updates"
+        )
+        return f"peak {train.learning_rate:g}", f"{train.schedule}, warm-up {warmup}"
+    turns = {
+        1: length.first_learning_rate,
+        max(length.warmup, 1): length.peak_learning_rate,
+        length.updates: length.last_learning_rate,
+    }
+    *most, last = map(str, turns)
+    at = f"updates {', '.join(most)} and {last}" if most else f"update {last}"
+    warmup = f"warm-up {length.warmup} updates" if length.warmup else "no warm-up"
+    return " → ".join(f"{rate:.3g}" for rate in turns.values()), f"at {at}; {train.schedule}, {warmup}"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from launch.assets import code_root
 from launch.config import dump_yaml
 from launch.errors import RunFolderError
 from launch.plan import Plan, as_json
+from launch.secret import argument_without_secrets
 from launch.topology import recorded_environment
 
 RECORDED_PACKAGES = (
@@ -113,7 +114,7 @@ def _surroundings() -> dict[str, Any]:
         "host": platform.node(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "arguments": sys.argv,
+        "arguments": [argument_without_secrets(argument) for argument in sys.argv],
         "versions": _versions(),
         "git": _git_commit(code_root()),
         "environment": recorded_environment(),

@@ -26,3 +26,10 @@ def is_secret_value(text: str) -> bool:
 def without_secrets(text: str) -> str:
     """`text` as it may be shown in a message."""
     return _ADDRESS.sub("(hidden)@", _VALUE.sub("(hidden)", text))
+
+
+def argument_without_secrets(text: str) -> str:
+    """An argument of a command as it may be recorded: `password=…` keeps its name only."""
+    key, equals, value = text.partition("=")
+    name = key.rpartition(".")[2].lstrip("-").replace("-", "_")
+    return f"{key}=(hidden)" if equals and value and is_secret_key(name) else without_secrets(text)

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import Field, JsonValue
 
 from launch.cache import file_identity
@@ -36,6 +35,7 @@ from recipes.text import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -344,6 +344,8 @@ def _hold_out(pieces: Iterator[Piece], fraction: float) -> Iterator[tuple[str, P
 
 
 def _cut_off_end(train: Path, validation: Path, fraction: float) -> None:
+    import numpy as np
+
     tokens = np.fromfile(train, dtype=np.int32)
     cut = len(tokens) - int(len(tokens) * fraction)
     tokens[cut:].tofile(validation)
@@ -392,6 +394,8 @@ class Blocks:
     """A file of token ids, cut into blocks; the last one may be shorter. Only what is used is read from disk."""
 
     def __init__(self, path: Path, block_size: int) -> None:
+        import numpy as np
+
         self.tokens = path.stat().st_size // 4
         self._ids = np.memmap(path, dtype=np.int32, mode="r") if self.tokens else np.zeros(0, np.int32)
         self._block_size = block_size
@@ -410,6 +414,7 @@ class Blocks:
 
 def collate(blocks: list[np.ndarray[Any, np.dtype[np.int32]]]) -> dict[str, torch.Tensor]:
     """`input_ids` and `labels`, int64, shape `(batch, seq)`; `attention_mask` only where a block is padded."""
+    import numpy as np
     import torch
 
     lengths = [len(block) for block in blocks]

@@ -399,12 +399,13 @@ def test_every_number_is_explained() -> None:
     case = CASES["four-gpus"]
     assert explained(planned(*case.overrides, machine=case.machine, preview=case.preview)) == {
         "recipe": ("causal_lm", ""),
-        "processes": ("4 on cuda, strategy ddp, bf16", "8 CPU threads each"),
+        "processes": ("4 on cuda", "8 CPU threads each"),
+        "strategy": ("ddp", "bf16"),
         "global batch": ("64 samples", "micro-batch 8 × accumulation 2 × 4 processes"),
         "tokens per update": ("65,536", "64 samples × 1024 tokens"),
         "training samples": ("1,001", ""),
         "updates": ("16", "1 epochs × 16 updates"),
-        "learning rate": ("0.0003 at update 1, 0.0003 at update 1, 1.87e-05 at update 16", "linear, warm-up 0 updates"),
+        "learning rate": ("0.0003 → 1.87e-05", "at updates 1 and 16; linear, no warm-up"),
         "run folder": ("/runs/one", ""),
     }
 
@@ -423,6 +424,26 @@ def test_steps_are_explained_as_epochs_where_the_samples_are_known() -> None:
     assert explained(known)["updates"] == ("1,500", "train.max_steps, 1.50 epochs")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ("train.max_steps=20", "train.warmup_steps=5"),
+            ("6e-05 → 0.0003 → 1.87e-05", "at updates 1, 5 and 20; linear, warm-up 5 updates"),
+        ),
+        (
+            ("train.max_steps=20", "train.warmup_steps=20", "train.schedule=constant"),
+            ("1.5e-05 → 0.0003", "at updates 1 and 20; constant, warm-up 20 updates"),
+        ),
+        (("train.max_steps=1",), ("0.0003", "at update 1; linear, no warm-up")),
+    ],
+)
+def test_the_learning_rate_is_explained_by_its_turning_points(
+    overrides: tuple[str, ...], expected: tuple[str, str]
+) -> None:
+    assert explained(planned(*overrides))["learning rate"] == expected
+
+
 def test_several_nodes_are_explained() -> None:
     assert explained(planned(machine=GPUS, world=TWO_NODES))["processes"][1] == "2 nodes × 2, 16 CPU threads each"
 
@@ -432,7 +453,6 @@ def test_the_plan_of_the_default_recipe_as_people_and_programs_see_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
     arguments = ["plan", "causal_lm", "train.max_steps=7", "parallel.device=cpu", "--out", "here"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.stderr
