@@ -1,4 +1,4 @@
-"""A recipe such as a user writes outside the package: a linear language model over bytes. Copied by tests."""
+"""A recipe such as a user writes outside the package: a tiny language model over rows of numbers. Copied by tests."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ class Args(RecipeArgs):
 
     width: int = Field(16, ge=1)
     """Size of the hidden layer."""
+    hooked: bool = False
+    """Whether the model does something that is not in its weights, so that no export of it can be right."""
 
 
 def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
-    """Sixteen rows of numbers; a one-layer GPT-2 to learn them."""
+    """Sixteen rows that count, and a one-layer GPT-2 to learn them."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -30,10 +32,15 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
             logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum"
         )
 
+    def build_model() -> GPT2LMHeadModel:
+        sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": args.width, "n_layer": 1, "n_head": 1}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+        if args.hooked:
+            model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.01)
+        return model
+
     return Prepared(
-        build_model=lambda: GPT2LMHeadModel(
-            GPT2Config(vocab_size=11, n_positions=8, n_embd=args.width, n_layer=1, n_head=1, resid_pdrop=0)
-        ),
+        build_model=build_model,
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), unk_token="a"),
         train=rows,
         validation=rows[:4],

@@ -93,6 +93,39 @@ def test_one_process_two_processes_and_accelerate_launch_agree(tmp_path: Path, c
     assert "rank 0 finds itself in a world of 1" in alone.stderr
 
 
+@pytest.mark.slow
+def test_bf16_and_early_stopping(tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    stopping = ["eval.every_steps=2", "train.early_stopping_patience=2", "train.early_stopping_min_delta=100"]
+    own = str(Path(__file__).with_name("own_recipe.py"))
+    (tmp_path / "run.yaml").write_text(f"recipe: {own}\ntrain: {{max_steps: 40, global_batch_size: 8}}\n")
+    run = command(cache, "run", str(tmp_path / "run.yaml"), "train.precision=bf16", *stopping, "--out", str(out))
+    assert run.returncode == 0, run.stderr
+    # Nothing is better by 100: the evaluation before training is the best one, those after 2 and 4 updates are worse.
+    assert len(records(out, "train")) == 4
+    assert [record["update"] for record in records(out, "eval")] == [0, 2, 4]
+    assert "stopped early at update 4: 2 evaluations in a row without a better validation loss" in run.stderr
+    exact = command(cache, "run", str(tmp_path / "run.yaml"), *stopping, "--out", str(tmp_path / "fp32"))
+    assert exact.returncode == 0, exact.stderr
+    pairs = list(zip(records(out, "train"), records(tmp_path / "fp32", "train"), strict=True))
+    differences = [abs(a["loss"] - b["loss"]) for a, b in pairs]
+    assert max(differences) > 1e-5, "bf16 is not fp32"
+    assert max(differences) < 1e-2, "but near it"
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_come_back_from_its_export_is_no_success(tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    own = str(Path(__file__).with_name("own_recipe.py"))
+    (tmp_path / "run.yaml").write_text(f"recipe: {own}\ntrain: {{max_steps: 2, global_batch_size: 8}}\n")
+    run = command(cache, "run", str(tmp_path / "run.yaml"), "recipe_args.hooked=true", "--out", str(out))
+    assert run.returncode == 7
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith(f"shoal: {out}/export: the reloaded model's logits differ from the trained model's by ")
+    assert not (out / "result.json").exists()
+    assert (out / "probe.safetensors").is_file()
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 def test_ctrl_c_ends_all_processes_with_one_line(tmp_path: Path, cache: Path) -> None:
