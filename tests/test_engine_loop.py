@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from launch.engine.batching import Order
-from launch.engine.loop import Step
+from launch.engine.loop import Step, fit
 from launch.errors import NonFiniteError
 from recipes.causal_lm import collate, count, loss
 from tests import tiny
@@ -78,6 +78,52 @@ def test_an_update_is_the_same_for_every_split(name: str, world_size: int) -> No
             assert result["targets"] == sum(len(sample) - 1 for sample in chosen)
             assert result["tokens"] == sum(len(sample) for sample in chosen)
         assert len({result["micro_batches"] for result in results}) == 1
+
+
+def rate(update: int) -> float:
+    """A different learning rate for each update."""
+    return 0.1 * update
+
+
+def four_updates(stop_after: int) -> tuple[list[int], Any]:
+    """Updates made and the weights after them: an epoch with its ragged end, and the beginning of the next."""
+    accelerator = Accelerator(cpu=True)
+    samples = tiny.sequences(SAMPLES)
+    bare = tiny.gpt2()
+    model, optimizer = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.0))
+    windows = list(
+        Order(SAMPLES, GLOBAL_BATCH, 2, 0, accelerator.process_index, accelerator.num_processes).windows(1, 4)
+    )
+    cells = [cell for window in windows for cell in window.micro_batches]
+    batches = iter([collate([samples[index] for index in cell.samples]) for cell in cells])
+    made: list[int] = []
+
+    def after_update(window: Any, result: Any) -> bool:  # noqa: ARG001
+        made.append(window.update)
+        return window.update == stop_after
+
+    fit(Step(accelerator, model, optimizer, loss, count, 1.0), windows, batches, rate, after_update)
+    return made, torch.cat([parameter.detach().flatten() for parameter in bare.parameters()]).numpy()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stop_after", [3, 9])
+def test_several_updates_are_those_of_a_plain_loop(world_size: int, stop_after: int) -> None:
+    model, samples = tiny.gpt2(), tiny.sequences(SAMPLES)
+    start = torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
+    updates = [update for update in (1, 2, 3, 4) if update <= stop_after]
+    for window in Order(SAMPLES, GLOBAL_BATCH, GLOBAL_BATCH, 0, 0, 1).windows(1, updates[-1]):
+        model.zero_grad()
+        tiny.reference_loss(model, [samples[index] for index in window.micro_batches[0].samples]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= rate(window.update) * parameter.grad
+    expected = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    for made, weights in run_ranks(world_size, four_updates, stop_after):
+        assert made == updates
+        assert (torch.from_numpy(weights) - expected).norm() < 1e-5 * (expected - start).norm()
 
 
 def test_the_tolerance_tells_a_mean_of_means_apart() -> None:
