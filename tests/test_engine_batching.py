@@ -72,6 +72,7 @@ def test_an_epoch_covers_each_sample_once_and_epochs_differ(samples: int, total:
 def test_the_order_is_frozen() -> None:
     """A resumed run must find the order it began with: these numbers may never change."""
     assert epoch_order(10, 0, 0).tolist() == [3, 7, 6, 4, 1, 0, 2, 8, 5, 9]
+    assert epoch_order(10, 3, 2).tolist() == [0, 9, 3, 8, 1, 6, 7, 5, 4, 2]
     assert epoch_order(10, 0, 1).tolist() != epoch_order(10, 0, 0).tolist()
     assert epoch_order(10, 1, 0).tolist() != epoch_order(10, 0, 0).tolist()
 

@@ -48,6 +48,18 @@ def test_evaluation_is_exact_for_any_ranks_and_batches(world_size: int) -> None:
                 assert training  # the mode is put back
 
 
+def test_dropout_is_off_while_evaluating_and_on_again_afterwards() -> None:
+    model = tiny.gpt2().train()
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropouts
+    for module in dropouts:
+        module.p = 0.5
+    score = Evaluation(Accelerator(cpu=True), tiny.sequences(10), collate, loss, count, 4)(model)
+    with torch.no_grad():
+        assert score.loss == pytest.approx(float(tiny.reference_loss(tiny.gpt2().eval(), tiny.sequences(10))), abs=1e-6)
+    assert all(module.training for module in dropouts)
+
+
 def test_only_the_first_samples_are_evaluated_on_request() -> None:
     accelerator = Accelerator(cpu=True)
     model = tiny.gpt2().eval()
