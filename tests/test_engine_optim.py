@@ -31,17 +31,22 @@ def test_frozen_weights_are_left_out() -> None:
     assert [id(parameter) for parameter in group["params"]] == [id(model.lm_head.weight)]
 
 
-def test_one_step_is_the_one_of_the_paper() -> None:
-    """AdamW, first step, by hand (Loshchilov & Hutter 2019, algorithm 2): the bias-corrected moments are g and g²."""
-    matrix = torch.nn.Linear(2, 2)
-    before = {name: parameter.detach().clone() for name, parameter in matrix.named_parameters()}
-    optimizer = adamw(matrix, weight_decay=0.1, betas=(0.8, 0.9), epsilon=0.5, fused=False)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.01
-    gradient = 3.0
-    for parameter in matrix.parameters():
-        parameter.grad = torch.full_like(parameter, gradient)
-    optimizer.step()
-    step = 0.01 * gradient / (gradient + 0.5)
-    assert torch.allclose(matrix.weight, before["weight"] * (1 - 0.01 * 0.1) - step)
-    assert torch.allclose(matrix.bias, before["bias"] - step)
+def test_its_steps_are_those_of_the_paper() -> None:
+    """AdamW by hand, several steps with changing gradients and rates (Loshchilov & Hutter 2019, algorithm 2)."""
+    layer = torch.nn.Linear(2, 2).double()
+    expected = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    optimizer = adamw(layer, weight_decay=0.1, betas=(0.8, 0.95), epsilon=0.5, fused=False)
+    first = second = 0.0
+    for step, (gradient, rate) in enumerate([(3.0, 0.01), (-1.0, 0.02), (0.5, 0.03)], start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for parameter in layer.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+        first, second = 0.8 * first + 0.2 * gradient, 0.95 * second + 0.05 * gradient**2
+        change = rate * (first / (1 - 0.8**step)) / ((second / (1 - 0.95**step)) ** 0.5 + 0.5)
+        for name, weights in expected.items():
+            decay = 0.1 if name == "weight" else 0.0
+            expected[name] = weights * (1 - rate * decay) - change
+    for name, parameter in layer.named_parameters():
+        assert torch.allclose(parameter, expected[name], atol=1e-12), name

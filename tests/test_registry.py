@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -122,6 +123,11 @@ def test_arguments_are_validated_by_the_recipe(project: Path) -> None:
     assert refusal("recipe_args.widht=4") == (
         "command line: recipe_args.widht = 4: unknown key; did you mean recipe_args.width?"
     )
+
+
+def test_what_an_own_recipe_defines_can_be_sent_to_another_process(project: Path) -> None:
+    args = load_recipe(load(project / "mine.yaml", ["recipe_args.width=4"])).args
+    assert pickle.loads(pickle.dumps(args)) == args
 
 
 @pytest.mark.parametrize(
