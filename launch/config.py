@@ -114,8 +114,19 @@ class TrackSection(Section):
 class ParallelSection(Section):
     """Over which devices a run is spread."""
 
-    strategy: Literal["auto", "single", "ddp"] = "auto"
-    """auto: single for one process, ddp (replicated weights, averaged gradients) for several."""
+    strategy: Literal[
+        "auto",
+        "single",
+        "ddp",
+        "fsdp2",
+        "fsdp2_offload",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero2_offload",
+        "zero3_offload",
+    ] = "auto"
+    """How weights, gradients and optimizer are spread over processes; auto: single for one, ddp for several."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device; auto: the GPUs of this machine, else its CPU."""
     devices: Literal["auto"] | int = Field("auto")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from launch import __version__
 from launch.assets import code_root, shipped_folder
@@ -21,6 +21,7 @@ from launch.errors import ConfigError, TopologyError
 from launch.recipe import Preview, RecipeContext
 from launch.registry import Recipe, find_run_file, load_recipe
 from launch.schedule import Schedule, total_updates, updates_per_epoch, warmup_updates
+from launch.strategy import Strategy, deepspeed_config
 from launch.topology import Device, Machine, World, cache_folder, read_machine
 
 CPU_RANKS_PER_CORE = 4
@@ -34,7 +35,7 @@ class _Frozen(BaseModel):
 class Processes(_Frozen):
     """How many processes, where, and with what."""
 
-    strategy: str
+    strategy: Strategy
     device: Device
     nodes: int
     per_node: int
@@ -75,6 +76,8 @@ class Plan(_Frozen):
     processes: Processes
     batch: BatchPlan
     length: Length
+    deepspeed: dict[str, JsonValue] | None
+    """DeepSpeed's configuration, in full; None for other strategies."""
     run_folder: str
     command: tuple[str, ...]
     environment: dict[str, str]
@@ -131,6 +134,7 @@ def make_plan(loaded: Loaded, machine: Machine, world: World, preview: Preview, 
         processes=processes,
         batch=batch,
         length=_length(config, preview),
+        deepspeed=_deepspeed(config, processes, batch),
         run_folder=str(run_folder),
         command=_command(processes, run_folder),
         environment=_environment(processes),
@@ -149,16 +153,31 @@ def _processes(loaded: Loaded, machine: Machine, world: World) -> Processes:
             "of one machine; for several, run `accelerate launch --num_machines … -m launch.train` on each"
         )
     size = nodes * per_node
-    strategy = parallel.strategy
-    if strategy == "single" and size > 1:
-        raise TopologyError(
-            f"{loaded.place('parallel.strategy')}: parallel.strategy = single, but there are {size} processes; "
-            "use parallel.strategy=ddp, or parallel.devices=1"
-        )
-    if strategy == "auto":
-        strategy = "ddp" if size > 1 else "single"
+    strategy = _strategy(loaded, world, size)
     threads = max(1, machine.cores // per_node)
     return Processes(strategy=strategy, device=device, nodes=nodes, per_node=per_node, world_size=size, threads=threads)
+
+
+def _strategy(loaded: Loaded, world: World, size: int) -> Strategy:
+    """The stated strategy, which a launcher's own must not contradict; else the launcher's; else by the number."""
+    key, stated = "parallel.strategy", loaded.config.parallel.strategy
+    if stated == "auto":
+        return Strategy(world.strategy or ("ddp" if size > 1 else "single"))
+    if stated == "single" and size > 1:
+        raise TopologyError(
+            f"{loaded.place(key)}: {key} = single, but there are {size} processes; use {key}=ddp, or parallel.devices=1"
+        )
+    if world.strategy and world.strategy != stated:
+        raise TopologyError(
+            f"{loaded.place(key)}: {key} = {stated}, but the launcher was configured for {world.strategy}; state the "
+            f"same in both, or leave {key} out"
+        )
+    if Strategy(stated).kind in ("fsdp2", "zero") and size == 1:
+        raise TopologyError(
+            f"{loaded.place(key)}: {key} = {stated}: there is one process, and nothing to shard over; use "
+            f"{key}=single, or parallel.devices=2 or more"
+        )
+    return Strategy(stated)
 
 
 def _launched(loaded: Loaded, machine: Machine, world: World) -> tuple[int, int]:
@@ -248,6 +267,19 @@ def _batch(loaded: Loaded, world_size: int, preview: Preview) -> BatchPlan:
     )
 
 
+def _deepspeed(config: RunConfig, processes: Processes, batch: BatchPlan) -> dict[str, Any] | None:
+    if processes.strategy.kind != "zero":
+        return None
+    return deepspeed_config(
+        processes.strategy,
+        batch.micro_batch_size,
+        batch.accumulation,
+        processes.world_size,
+        config.train.max_grad_norm,
+        config.train.precision,
+    )
+
+
 def _multiples_around(value: int, step: int) -> list[int]:
     below = value // step * step
     return [n for n in (below, below + step) if n]
@@ -288,7 +320,7 @@ def _command(processes: Processes, run_folder: Path) -> tuple[str, ...]:
     if processes.device == "cuda":
         return (
             *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", str(shipped_folder("accelerate_configs") / "ddp.yaml")),
+            *("--config_file", str(shipped_folder("accelerate_configs") / f"{processes.strategy}.yaml")),
             *("--num_processes", str(processes.per_node), "--main_process_port", "0"),
             *worker,
         )
@@ -301,7 +333,7 @@ def _command(processes: Processes, run_folder: Path) -> tuple[str, ...]:
 
 def _environment(processes: Processes) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": str(processes.threads), **python_environment()}
-    if processes.device == "cpu":
+    if processes.device == "cpu" and not processes.strategy.shards:
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment
 

@@ -17,6 +17,7 @@ from typing import Literal
 
 from launch.errors import TopologyError
 from launch.secret import is_secret_value
+from launch.strategy import Strategy, zero_strategy
 
 Device = Literal["cpu", "cuda", "mps"]
 
@@ -42,6 +43,8 @@ class World:
     local_size: int = 1
     launched: bool = False
     """Whether a launcher said so; False: no RANK and WORLD_SIZE in the environment."""
+    strategy: Strategy | None = None
+    """What `accelerate launch` was configured for, where that is more than plain data parallelism."""
 
 
 def read_machine() -> Machine:
@@ -95,7 +98,34 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     except ValueError:
         shown = " ".join(f"{name}={value}" for name, value in stated.items())
         raise TopologyError(f"the environment holds {shown}, which are not all whole numbers") from None
-    return World(rank, size, local_rank, local_size, launched=True)
+    return World(rank, size, local_rank, local_size, launched=True, strategy=_configured_strategy(environ))
+
+
+def _configured_strategy(environ: Mapping[str, str]) -> Strategy | None:
+    """The strategy that `accelerate launch` passes on by its variables (accelerate 1.15, utils/launch.py)."""
+
+    def on(name: str) -> bool:
+        return environ.get(name, "").lower() in ("1", "true", "yes")
+
+    if on("ACCELERATE_USE_FSDP"):
+        version = environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise TopologyError(
+                f"`accelerate launch` was configured for FSDP version {version}, which loses its optimizer state on "
+                "resuming; use fsdp_version: 2, as in accelerate_configs/fsdp2.yaml"
+            )
+        return Strategy.FSDP2_OFFLOAD if on("FSDP_OFFLOAD_PARAMS") else Strategy.FSDP2
+    if on("ACCELERATE_USE_DEEPSPEED"):
+        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        device = environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
+        try:
+            return zero_strategy(int(stage), offload=device == "cpu")
+        except ValueError:
+            raise TopologyError(
+                f"`accelerate launch` was configured for ZeRO stage {stage}, offload {device}; there are zero1, zero2, "
+                "zero3, zero2_offload and zero3_offload, see accelerate_configs/"
+            ) from None
+    return None
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:

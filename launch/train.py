@@ -133,11 +133,12 @@ def work(start: Start) -> None:
     from launch.engine.agree import raise_together
     from launch.engine.progress import Display
     from launch.engine.run import Run
+    from launch.engine.sharding import make_accelerator
 
     display = Display(start.world.rank == 0)
     try:
         prepared, problem = _prepare(start, display)
-        accelerator = _make_accelerator(start.plan)
+        accelerator = make_accelerator(start.plan)
         raise_together(accelerator, problem)
         assert prepared is not None, "no rank had a problem"
         folder = start.folder = start.folder or _make_folder(start, accelerator, display)
@@ -163,40 +164,6 @@ def _prepare(start: Start, display: Display) -> tuple[Prepared | None, LaunchErr
         return start.recipe.prepare(context), None
     except LaunchError as error:
         return None, error
-
-
-def _make_accelerator(plan: Plan) -> Accelerator:
-    """The planned process group, and nothing else.
-
-    Raises:
-        TopologyError: Accelerate understood its environment differently, or the GPU has no bf16.
-    """
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedType, GradientAccumulationPlugin
-
-    processes, precision = plan.processes, plan.config.train.precision
-    if precision == "bf16" and processes.device == "cuda":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            name = torch.cuda.get_device_name()
-            raise TopologyError(f"train.precision = bf16: {name} has no bf16 arithmetic; use train.precision=fp32")
-    accelerator = Accelerator(
-        cpu=processes.device == "cpu",
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        # Accumulation is ours (engine.loop); a plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the
-        # environment silently replaces the plain argument (accelerate 1.15, Accelerator.__init__).
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )
-    size, kind, device = accelerator.num_processes, accelerator.distributed_type, accelerator.device.type
-    several = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
-    kinds = several if processes.world_size > 1 else {DistributedType.NO}
-    if size != processes.world_size or kind not in kinds or device != processes.device:
-        raise TopologyError(
-            f"the plan says {processes.world_size} processes on {processes.device}, strategy {processes.strategy}; "
-            f"Accelerate found {size} on {device}, {kind.value}; check the configuration given to "
-            "`accelerate launch` and ACCELERATE_* in the environment"
-        )
-    return accelerator
 
 
 def _make_folder(start: Start, accelerator: Accelerator, display: Display) -> Path:

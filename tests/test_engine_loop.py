@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from launch.engine.batching import Order
 from launch.engine.loop import Step, fit
+from launch.engine.sharding import updates
 from launch.errors import NonFiniteError
 from recipes.causal_lm import collate, count, loss
 from tests import tiny
@@ -32,7 +33,9 @@ def one_update_each(name: str, micro_batch_sizes: list[int]) -> list[dict[str, A
             before = [parameter.detach().clone() for parameter in bare.parameters()]
             window = next(order.windows(update, update))
             batches = [collate([samples[index] for index in cell.samples]) for cell in window.micro_batches]
-            result = Step(accelerator, model, optimizer, loss, count, None)(window, batches)
+            result = Step(accelerator, model, updates(accelerator, model, optimizer, None), loss, count)(
+                window, batches
+            )
             gradient = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, bare.parameters(), strict=True)])
             results.append(
                 {
@@ -102,7 +105,13 @@ def four_updates(stop_after: int) -> tuple[list[int], Any]:
         made.append(window.update)
         return window.update == stop_after
 
-    fit(Step(accelerator, model, optimizer, loss, count, 1.0), windows, batches, rate, after_update)
+    fit(
+        Step(accelerator, model, updates(accelerator, model, optimizer, 1.0), loss, count),
+        windows,
+        batches,
+        rate,
+        after_update,
+    )
     return made, torch.cat([parameter.detach().flatten() for parameter in bare.parameters()]).numpy()
 
 
@@ -136,11 +145,17 @@ def test_the_tolerance_tells_a_mean_of_means_apart() -> None:
     assert abs(naive - exact) > 100 * 1e-6
 
 
+def sgd_step(accelerator: Accelerator, model: Any, max_grad_norm: float | None) -> Step:
+    """With plain SGD at a rate of 1 the change of a weight is minus its gradient."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return Step(accelerator, model, updates(accelerator, model, optimizer, max_grad_norm), loss, count)
+
+
 def test_an_update_without_targets_leaves_the_weights_alone() -> None:
     accelerator = Accelerator(cpu=True)
     model = tiny.gpt2()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    step = Step(accelerator, model, torch.optim.SGD(model.parameters(), lr=1.0), loss, count, 1.0)
+    step = sgd_step(accelerator, model, 1.0)
     window = next(Order(2, 2, 2, 0, 0, 1).windows(1, 1))
     result = step(window, [collate([tiny.sequences(4)[3], tiny.sequences(4)[3]])])
     assert result.counts.targets == 0
@@ -154,7 +169,7 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     for limit in (None, 0.01):
         model = tiny.gpt2()
         before = torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
-        step = Step(accelerator, model, torch.optim.SGD(model.parameters(), lr=1.0), loss, count, limit)
+        step = sgd_step(accelerator, model, limit)
         window = next(Order(4, 4, 4, 0, 0, 1).windows(1, 1))
         result = step(window, [collate([tiny.sequences(4)[index] for index in window.micro_batches[0].samples])])
         after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
@@ -189,7 +204,7 @@ def poisoned_update(kind: str) -> tuple[str, bool]:
         batches.append({**batch, "marks": torch.tensor(cell.samples)})
     before = [parameter.detach().clone() for parameter in bare.parameters()]
     try:
-        Step(accelerator, model, optimizer, poisoned, count, 1.0)(window, batches)
+        Step(accelerator, model, updates(accelerator, model, optimizer, 1.0), poisoned, count)(window, batches)
     except NonFiniteError as error:
         unchanged = all(torch.equal(b, p) for b, p in zip(before, bare.parameters(), strict=True))
         return str(error), unchanged

@@ -13,29 +13,43 @@ from launch.engine.batching import Window
 from launch.errors import LaunchError, NonFiniteError
 
 
-def raise_if_not_finite(
-    accelerator: Accelerator, window: Window, local: torch.Tensor, total: float, norm: float
-) -> None:
-    """Stop all ranks when the update's loss or gradient norm is not a finite number.
+def raise_if_loss_is_not_finite(accelerator: Accelerator, window: Window, local: torch.Tensor, total: float) -> None:
+    """Stop all ranks, before the weights are touched, when the loss of an update is not a finite number.
 
-    `local`, shape `(micro_batches,)`, holds this rank's summed losses; `total` and `norm` are the same on every
-    rank, so either all raise or none. Every rank must call this.
+    `local`, shape `(micro_batches,)`, holds this rank's summed losses; `total` is the same on every rank, so either
+    all raise or none. Every rank must call this.
 
     Raises:
         NonFiniteError: names the rank, host and sample indices that reproduce it.
     """
-    if math.isfinite(total) and math.isfinite(norm):
+    if math.isfinite(total):
         return
     bad = [
         f"rank {accelerator.process_index} ({socket.gethostname()}) samples {list(micro_batch.samples)}"
         for micro_batch, value in zip(window.micro_batches, local.tolist(), strict=True)
         if not math.isfinite(value) and not micro_batch.filler
     ]
-    found = [line for line in gather_object(bad) if line]
-    what = f"loss is {total}" if found else f"gradient norm is {norm} although the loss is finite"
-    where = "; ".join(found) if found else f"samples of epoch {window.epoch} up to {window.consumed}"
-    raise NonFiniteError(
-        f"update {window.update}: {what}: {where}; the weights are those of update {window.update - 1}; "
+    found = "; ".join(line for line in gather_object(bad) if line)
+    raise _not_finite(window, f"loss is {total}: {found or _samples_of(window)}")
+
+
+def raise_if_norm_is_not_finite(window: Window, norm: float) -> None:
+    """The same for the gradient: `norm` is the global one, the same on every rank.
+
+    Raises:
+        NonFiniteError: names the window of samples.
+    """
+    if not math.isfinite(norm):
+        raise _not_finite(window, f"gradient norm is {norm} although the loss is finite: {_samples_of(window)}")
+
+
+def _samples_of(window: Window) -> str:
+    return f"samples of epoch {window.epoch} up to {window.consumed}"
+
+
+def _not_finite(window: Window, what: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"update {window.update}: {what}; the weights are those of update {window.update - 1}; "
         "try a lower train.learning_rate, a lower train.max_grad_norm or train.precision=fp32"
     )
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedType, send_to_device
 from safetensors.torch import save_file
 
+from launch.engine.sharding import full_state
 from launch.recipe import Prepared
 
 PROBE_COLUMNS = 64
@@ -22,7 +23,7 @@ def write_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any
 
     Every rank must call this.
     """
-    state = accelerator.get_state_dict(model)
+    state = full_state(accelerator, model)
     if accelerator.is_main_process:
         aside = folder.with_name(f"{folder.name}.writing")
         shutil.rmtree(aside, ignore_errors=True)
@@ -48,9 +49,12 @@ def prune(run_folder: Path, keep_last: int | None) -> None:
 def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prepared, path: Path) -> None:
     """Write one short validation sample and the logits of the live model, to compare the reloaded model with.
 
-    Removes Accelerate's mixed-precision wrapper from the model: call it after training.
+    Removes Accelerate's mixed-precision wrapper from a model that is not sharded: call it after training. Every rank
+    must call this: with sharded weights a forward pass is a collective.
     """
-    bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    live = model if sharded else accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    live.eval()
     batch = prepared.collate([prepared.validation[0]])
     inputs = {
         name: tensor[:, :PROBE_COLUMNS].contiguous() if tensor.dim() > 1 else tensor
@@ -58,5 +62,6 @@ def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prep
         if name != "labels"
     }
     with torch.no_grad():
-        logits = bare(**send_to_device(inputs, accelerator.device)).logits
-    save_file({**inputs, "logits": logits.float().cpu().contiguous()}, path)
+        logits = live(**send_to_device(inputs, accelerator.device)).logits
+    if accelerator.is_main_process:
+        save_file({**inputs, "logits": logits.float().cpu().contiguous()}, path)

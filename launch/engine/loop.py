@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from launch.engine.agree import raise_if_not_finite
+from launch.engine.agree import raise_if_loss_is_not_finite, raise_if_norm_is_not_finite
 from launch.engine.batching import Window
 from launch.engine.loss import Counts, count_batch, count_over_ranks, precise_dtype, weigh
+from launch.engine.sharding import Updates
 from launch.recipe import Batch
 
 
@@ -34,10 +34,9 @@ class Step:
 
     accelerator: Accelerator
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    updates: Updates
     loss: Callable[[torch.nn.Module, Batch], torch.Tensor]
     count: Callable[[Batch], int]
-    max_grad_norm: float | None
 
     def __call__(self, window: Window, batches: list[dict[str, torch.Tensor]]) -> StepResult:
         """Make one update from this rank's micro-batches. Every rank must call this.
@@ -50,21 +49,19 @@ class Step:
         counts = count_over_ranks(self.accelerator, local_counts)
         sums = []
         for position, (micro_batch, batch) in enumerate(pairs):
-            last = position == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.updates.micro_batch(last=position == len(batches) - 1):
                 on_device = send_to_device(batch, self.accelerator.device, non_blocking=True)
                 summed = self.loss(self.model, on_device)
                 if micro_batch.filler:
                     summed = summed * 0.0
-                self.accelerator.backward(weigh(summed, counts, self.accelerator.num_processes))
+                self.updates.backward(weigh(summed, counts, self.accelerator.num_processes))
             sums.append(summed.detach())
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or float("inf"))
         local = torch.stack(sums).to(precise_dtype(self.accelerator.device))
         total = float(self.accelerator.reduce(local.sum(), "sum"))  # host sync
-        raise_if_not_finite(self.accelerator, window, local, total, float(norm))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return StepResult(total / max(counts.targets, 1), float(norm), counts)
+        raise_if_loss_is_not_finite(self.accelerator, window, local, total)
+        norm = self.updates.apply()
+        raise_if_norm_is_not_finite(window, norm)
+        return StepResult(total / max(counts.targets, 1), norm, counts)
 
 
 def fit(
@@ -81,7 +78,7 @@ def fit(
     step.model.train()
     for window in windows:
         own = [next(batches) for _ in window.micro_batches]
-        set_learning_rate(step.optimizer, learning_rate(window.update))
+        set_learning_rate(step.updates.optimizer, learning_rate(window.update))
         if after_update(window, step(window, own)):
             return
 

@@ -16,6 +16,7 @@ from launch.engine.meters import Throughput
 from launch.engine.optim import adamw
 from launch.engine.progress import Display
 from launch.engine.scoring import Evaluation, Score
+from launch.engine.sharding import updates
 from launch.engine.stopping import EarlyStopping
 from launch.engine.tracking import Tracker
 from launch.plan import Plan
@@ -36,7 +37,11 @@ class Run:
         """Validation scores `before` and `after` training."""
         self.updates_done = 0
         set_seed(config.train.seed)  # the same weights from scratch on every rank
-        model = prepared.build_model().to(accelerator.device)
+        model = prepared.build_model()
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        """Of the whole model, each tied weight once."""
+        if not plan.processes.strategy.shards:
+            model = model.to(accelerator.device)
         set_seed((config.train.seed + 1 + accelerator.process_index) % 2**32)  # dropout differs between ranks
         optimizer = adamw(
             model,
@@ -76,9 +81,8 @@ class Run:
     def train(self) -> None:
         """Evaluate, train, evaluate, export; numbers go to metrics.jsonl."""
         config, prepared, total = self.plan.config, self.prepared, self.schedule.total
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.display.say(
-            f"{parameters:,} parameters, {len(prepared.train):,} training and {len(prepared.validation):,} "
+            f"{self.parameters:,} parameters, {len(prepared.train):,} training and {len(prepared.validation):,} "
             f"validation samples, {total:,} updates"
         )
         if config.eval.at_start:
@@ -94,10 +98,9 @@ class Run:
         step = Step(
             self.accelerator,
             self.model,
-            self.optimizer,
+            updates(self.accelerator, self.model, self.optimizer, config.train.max_grad_norm),
             prepared.loss,
             prepared.count,
-            config.train.max_grad_norm,
         )
         self.display.start("training", total)
         self._meter.read()
@@ -107,8 +110,7 @@ class Run:
             self.scores["after"] = self._evaluate(self.updates_done)
         if config.save.export:
             write_model(self.accelerator, self.model, prepared.tokenizer, self.folder / "export")
-            if self.accelerator.is_main_process:
-                write_probe(self.accelerator, self.model, prepared, self.folder / "probe.safetensors")
+            write_probe(self.accelerator, self.model, prepared, self.folder / "probe.safetensors")
 
     def _after_update(self, window: Window, result: StepResult) -> bool:
         """Record, evaluate and save as configured; True to stop, on every rank alike."""

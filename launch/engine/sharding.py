@@ -1,0 +1,223 @@
+"""How weights, gradients and optimizer state are spread over ranks: one Accelerator and one way to update per strategy.
+
+The only place that knows DDP from FSDP2 from DeepSpeed ZeRO, and the CPU from a GPU under them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import PartialState
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    patch_environment,
+)
+from transformers.integrations import unset_hf_deepspeed_config
+
+from launch.errors import TopologyError
+from launch.plan import Plan
+from launch.strategy import Strategy
+
+
+def make_accelerator(plan: Plan) -> Accelerator:
+    """The planned process group and sharding, and nothing else. Every rank must call this.
+
+    Raises:
+        TopologyError: Accelerate understood its environment differently, or the devices cannot do it.
+    """
+    processes, train = plan.processes, plan.config.train
+    strategy, on_cpu = processes.strategy, processes.device == "cpu"
+    if train.precision == "bf16" and processes.device == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = torch.cuda.get_device_name()
+            raise TopologyError(f"train.precision = bf16: {name} has no bf16 arithmetic; use train.precision=fp32")
+    options: dict[str, Any] = {}
+    environment: dict[str, str] = {}
+    if strategy.kind == "zero":
+        options["deepspeed_plugin"] = _deepspeed_plugin(plan)
+        if on_cpu:
+            # Without a backend Accelerate 1.15 takes each rank for a world of one (PartialState._prepare_backend).
+            options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+            environment = {"accelerate_use_cpu": "false", "ds_accelerator": "cpu"}
+    elif strategy.kind == "fsdp2":
+        options["fsdp_plugin"] = _fsdp_plugin(strategy, on_cpu)
+        if on_cpu:
+            environment = {"accelerate_use_cpu": "false", "accelerate_torch_device": "cpu"}
+    else:
+        options["cpu"] = on_cpu
+    with patch_environment(**environment), _gloo_counts_as_a_device(on_cpu and strategy.kind == "fsdp2"):
+        accelerator = Accelerator(
+            mixed_precision="bf16" if train.precision == "bf16" else "no",
+            # Accumulation is ours (engine.loop); a plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the
+            # environment silently replaces the plain argument (accelerate 1.15, Accelerator.__init__).
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            **options,
+        )
+    _check(accelerator, plan)
+    if strategy.kind == "zero":
+        # Accelerate tells transformers too, and `from_pretrained` would then hand out weights that are sharded already
+        # and have no shape: every one would look like a bias to `optim.parameter_groups`, and none would decay.
+        unset_hf_deepspeed_config()
+    return accelerator
+
+
+def _check(accelerator: Accelerator, plan: Plan) -> None:
+    """See that what was planned is what there is: no strategy is ever replaced by another without a word."""
+    processes, strategy = plan.processes, plan.processes.strategy
+    several = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    kinds = {
+        "single": {DistributedType.NO},
+        "ddp": several if processes.world_size > 1 else {DistributedType.NO},
+        "fsdp2": {DistributedType.FSDP},
+        "zero": {DistributedType.DEEPSPEED},
+    }[strategy.kind]
+    size, kind, device = accelerator.num_processes, accelerator.distributed_type, accelerator.device.type
+    if size != processes.world_size or kind not in kinds or device != processes.device:
+        raise TopologyError(
+            f"the plan says {processes.world_size} processes on {processes.device}, strategy {strategy}; "
+            f"Accelerate found {size} on {device}, {kind.value}; check the configuration given to "
+            "`accelerate launch` and ACCELERATE_* in the environment"
+        )
+
+
+def _deepspeed_plugin(plan: Plan) -> DeepSpeedPlugin:
+    try:
+        import deepspeed
+    except ImportError:
+        raise TopologyError(
+            f"parallel.strategy = {plan.processes.strategy}: the package deepspeed is not installed; "
+            "pip install 'shoal[deepspeed]', or use parallel.strategy=fsdp2"
+        ) from None
+    if plan.processes.device == "cpu":
+        # It would be compiled at every start on a CPU (minutes), and training never uses it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return DeepSpeedPlugin(hf_ds_config=plan.deepspeed, zero3_init_flag=False)
+
+
+def _fsdp_plugin(strategy: Strategy, on_cpu: bool) -> FullyShardedDataParallelPlugin:
+    offload: Any = False
+    if strategy.offload:
+        from torch.distributed.fsdp import CPUOffloadPolicy
+
+        offload = CPUOffloadPolicy(pin_memory=not on_cpu)  # pinning needs a device to pin for
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",  # each transformer block, by the model's own `_no_split_modules`
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,  # every rank builds the same weights
+        cpu_offload=offload,
+    )
+
+
+@contextlib.contextmanager
+def _gloo_counts_as_a_device(wanted: bool) -> Iterator[None]:
+    """Let Accelerate shard over CPU processes.
+
+    Accelerate 1.15 gives FSDP to GPUs and their like only: over CPU processes AcceleratorState ignores the plugin
+    without a word and trains with DDP. `_check` sees to it that this still works as it did.
+    """
+    original = PartialState._prepare_backend
+    if wanted:
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    try:
+        yield
+    finally:
+        PartialState._prepare_backend = original
+
+
+# --- updates ---------------------------------------------------------------------------------------------
+
+
+class Updates:
+    """What becomes of gradients, where forward and backward leave that to us: one process, DDP, FSDP2."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.optimizer = optimizer
+        self._accelerator, self._model, self._max_grad_norm = accelerator, model, max_grad_norm
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-batch; only the `last` of an update exchanges gradients."""
+        with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`."""
+        self._accelerator.backward(loss)
+
+    def apply(self) -> float:
+        """Clip, change the weights, forget the gradients; the global L2 norm of the gradient before clipping.
+
+        A norm that is not finite leaves the weights alone.
+        """
+        norm = self._accelerator.clip_grad_norm_(self._model.parameters(), self._max_grad_norm or math.inf)
+        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # host sync
+        if math.isfinite(value):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return value
+
+
+class DeepSpeedUpdates(Updates):
+    """The same where DeepSpeed's engine, which the prepared model is, does all of it."""
+
+    def __init__(self, accelerator: Accelerator, engine: Any, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(accelerator, engine, optimizer, None)
+        self._engine = engine
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Say which micro-batch is the last: the last window of an epoch has fewer than DeepSpeed was told."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`, which is divided by the targets of the whole update already."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def apply(self) -> float:
+        """As above; `gradient_clipping` in the engine's configuration clips."""
+        self._engine.step()
+        # An update that is not finite is skipped, and the norm is then the one of the update before.
+        return math.nan if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
+
+
+def updates(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+) -> Updates:
+    """How this accelerator's engine makes updates of the prepared `model`."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return DeepSpeedUpdates(accelerator, model, optimizer)
+    return Updates(accelerator, model, optimizer, max_grad_norm)
+
+
+def full_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All weights, unsharded, in the precision they are trained in (fp32); of use on rank 0 only.
+
+    Every rank must call this.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return dict(accelerator.get_state_dict(model))
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    bare = accelerator.unwrap_model(model)
+    state = dict(bare.state_dict()) if accelerator.is_main_process else {}
+    for name, parameter in bare.named_parameters(remove_duplicate=False):
+        weights = safe_get_full_fp32_param(parameter)  # the master copy, of which `parameter` may be a bf16 image
+        if accelerator.is_main_process:
+            state[name] = weights.detach().cpu()
+    return state
