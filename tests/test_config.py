@@ -109,7 +109,11 @@ REFUSED = [
     ("train.schedule=3", "train.schedule = 3: must be 'linear', 'cosine' or 'constant'"),
     ("train.precision=fp16", "train.precision = \"fp16\": must be 'fp32' or 'bf16'"),
     ("track.wandb=yes", "track.wandb = \"yes\": must be 'off', 'offline' or 'online'"),
-    ("parallel.strategy=fsdp", "parallel.strategy = \"fsdp\": must be 'auto', 'single' or 'ddp'"),
+    (
+        "parallel.strategy=fsdp",
+        "parallel.strategy = \"fsdp\": must be 'auto', 'single', 'ddp', 'fsdp2', 'fsdp2_offload', 'zero1', 'zero2', "
+        "'zero3', 'zero2_offload' or 'zero3_offload'",
+    ),
     # A word or a number: one line, not one for each kind it is not.
     ("parallel.devices=two", "parallel.devices = \"two\": must be 'auto' or must be a whole number, got text"),
     ("parallel.devices=1.5", "parallel.devices = 1.5: must be 'auto' or must be a whole number"),

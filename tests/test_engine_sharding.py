@@ -1,0 +1,290 @@
+"""The same run whatever shards it: losses, gradients norms, learning rates, scores and weights, on real gloo ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.config import load
+from launch.errors import NonFiniteError
+from launch.plan import Plan, make_plan
+from launch.recipe import Prepared, Preview
+from launch.strategy import Strategy
+from launch.topology import Machine, World
+from tests import tiny
+from tests.gloo import run_ranks
+
+SHARDED = [strategy for strategy in Strategy if strategy is not Strategy.SINGLE]
+UPDATES = 7
+SAMPLES = 20  # three windows of 8 an epoch, the last with 4
+
+
+def plan_for(strategy: str, world_size: int, folder: Path) -> Plan:
+    stated = [
+        *("recipe=causal_lm", f"train.max_steps={UPDATES}", "train.global_batch_size=8", "train.micro_batch_size=2"),
+        *("train.learning_rate=3e-3", "train.warmup_steps=2", "train.weight_decay=0.5", "train.max_grad_norm=0.5"),
+        *("eval.every_steps=3", "eval.batch_size=3", "parallel.device=cpu"),
+        *(f"parallel.strategy={strategy}", f"parallel.devices={world_size}"),
+    ]
+    return make_plan(load(None, stated), Machine("box", 2, 0), World(), Preview(SAMPLES), folder)
+
+
+def local_size(parameter: Any) -> int:
+    """Numbers of a weight that this rank keeps: FSDP2 has a DTensor, ZeRO-3 a `ds_tensor`."""
+    if hasattr(parameter, "ds_tensor"):
+        return int(parameter.ds_tensor.numel())
+    return int((parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel())
+
+
+def trained(strategy: str, world_size: int, source: str, folder: str, bug: str = "") -> dict[str, Any]:
+    """One whole run on this rank, from pretrained weights in `source`, with a planted bug if wanted."""
+    if bug:
+        BUGS[bug]()
+    from transformers import AutoModelForCausalLM
+
+    from launch.engine.progress import Display
+    from launch.engine.run import Run
+    from launch.engine.sharding import full_state, make_accelerator
+    from recipes.causal_lm import collate, count, loss
+    from tests.test_engine_checkpoint import tokenizer
+
+    plan = plan_for(strategy, world_size, Path(folder))
+    prepared = Prepared(
+        build_model=lambda: AutoModelForCausalLM.from_pretrained(source),
+        tokenizer=tokenizer(),
+        train=tiny.sequences(SAMPLES),
+        validation=tiny.sequences(7, seed=1),  # rows do not divide over ranks
+        collate=collate,
+        loss=loss,
+        count=count,
+    )
+    accelerator = make_accelerator(plan)
+    run = Run(plan, Path(folder), prepared, accelerator, Display(False))
+    run.train()
+    state = full_state(accelerator, run.model)
+    bare = accelerator.unwrap_model(run.model)
+    return {
+        "kind": accelerator.distributed_type.value,
+        "dtypes": sorted({str(parameter.dtype) for parameter in bare.parameters()}),
+        "tied": bare.get_input_embeddings().weight is bare.get_output_embeddings().weight,
+        "state": {name: tensor.float().numpy().copy() for name, tensor in state.items()},
+        "local": sum(local_size(parameter) for parameter in bare.parameters()),
+    }
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {}
+    for name, build in (("gpt2", tiny.gpt2), ("llama", tiny.llama)):
+        folders[name] = tmp_path_factory.mktemp(name)
+        build().save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def references(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
+    """One process, for each model: its records and its weights."""
+    found = {}
+    for name, source in sources.items():
+        folder = tmp_path_factory.mktemp(f"{name}-one")
+        (result,) = run_ranks(1, trained, "single", 1, str(source), str(folder))
+        found[name] = (records(folder), result["state"])
+    return found
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def differences(records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> tuple[float, float]:
+    """Largest difference of a loss, and relative one of a gradient norm; all else must be equal."""
+    losses, norms = [], []
+    for got, expected in zip(records, reference, strict=True):
+        assert got["kind"] == expected["kind"]
+        for name in set(expected) - {"loss", "gradient_norm", "time", "tokens_per_second", "seconds"}:
+            assert got[name] == expected[name], name
+        if "loss" in expected:
+            losses.append(abs(got["loss"] - expected["loss"]))
+        if "gradient_norm" in expected:
+            norms.append(abs(got["gradient_norm"] / expected["gradient_norm"] - 1))
+    assert (len(losses), len(norms)) == (UPDATES + 4, UPDATES)
+    return max(losses), max(norms)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_a_strategy_changes_nothing(
+    strategy: Strategy, name: str, sources: dict[str, Path], references: dict[str, Any], tmp_path: Path
+) -> None:
+    reference, expected_state = references[name]
+    results = run_ranks(2, trained, str(strategy), 2, str(sources[name]), str(tmp_path))
+    kinds = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero": "DEEPSPEED"}
+    assert {result["kind"] for result in results} == {kinds[strategy.kind]}, "no strategy is replaced by another"
+    assert results[0]["dtypes"] == ["torch.float32"]
+    loss, norm = differences(records(tmp_path), reference)
+    assert loss < 2e-6
+    assert norm < 1e-5
+    state = results[0]["state"]
+    assert set(state) >= set(expected_state)
+    assert max(float(np.abs(state[key] - expected_state[key]).max()) for key in expected_state) < 1e-4
+    assert results[0]["tied"] == (name == "gpt2"), "tied weights stay tied, others stay apart"
+    if strategy.kind == "fsdp2" or strategy.stage == 3:
+        whole = sum(array.size for key, array in expected_state.items() if key != "lm_head.weight" or name == "llama")
+        assert results[0]["local"] < 0.75 * whole, "the weights are sharded"
+
+    from launch.engine.exported import TOLERANCE, difference, load_exported
+
+    exported, _ = load_exported(tmp_path / "export")
+    assert difference(exported, tmp_path / "probe.safetensors", "cpu") <= TOLERANCE
+    same = exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
+    assert same == (name == "gpt2")
+
+
+def spoiled(strategy: str, source: str, folder: str, what: str) -> tuple[str, float]:
+    """A run whose third update has a loss, or only a gradient, that is not finite on rank 1; how it ended."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from launch.engine.progress import Display
+    from launch.engine.run import Run
+    from launch.engine.sharding import full_state, make_accelerator
+    from recipes.causal_lm import collate, count, loss
+    from tests.test_engine_checkpoint import tokenizer
+
+    calls = 0
+
+    def spoil(model: Any, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        summed = loss(model, batch)
+        calls += model.training
+        if calls < 5 or not model.training or torch.distributed.get_rank() == 0:  # two micro-batches an update
+            return summed
+        # d sqrt(x) / dx at 0 is infinite, although sqrt(0) is 0.
+        return summed * math.nan if what == "loss" else summed + torch.sqrt(summed * 0.0)
+
+    plan, samples = plan_for(strategy, 2, Path(folder)), tiny.sequences(SAMPLES)
+    prepared = Prepared(
+        lambda: AutoModelForCausalLM.from_pretrained(source), tokenizer(), samples, samples, collate, spoil, count
+    )
+    accelerator = make_accelerator(plan)
+    run = Run(plan, Path(folder), prepared, accelerator, Display(False))
+    try:
+        run.train()
+    except NonFiniteError as error:
+        state = full_state(accelerator, run.model)
+        return str(error), sum(float(tensor.abs().sum()) for tensor in state.values())
+    return "no error", 0.0
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero1", "zero2", "zero3", "zero2_offload"])
+def test_what_is_not_finite_on_one_rank_stops_all_before_the_weights_are_touched(
+    strategy: str, what: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    (message, size), (other_message, _) = run_ranks(2, spoiled, strategy, str(sources["gpt2"]), str(tmp_path), what)
+    assert message == other_message
+    assert message.startswith("update 3: " + {"loss": "loss is nan: rank 1 (", "gradient": "gradient norm is "}[what])
+    assert math.isfinite(size) and size > 0
+
+
+# --- bugs that these tests must notice -------------------------------------------------------------------
+
+
+def forget_the_world() -> None:
+    """Normalise as if gradients were summed over ranks, where they are averaged."""
+    from launch.engine import loop
+
+    loop.weigh = lambda summed, counts, world_size: summed / max(counts.targets, 1)
+
+
+def average_the_averages() -> None:
+    """Divide each micro-batch's loss by its own targets, as most training loops do."""
+    from launch.engine import loop
+
+    loop.weigh = lambda summed, counts, world_size: summed / 20
+
+
+def tell_transformers_of_zero3() -> None:
+    """Let `from_pretrained` hand out weights without a shape, so that none of them decays."""
+    from launch.engine import sharding
+
+    sharding.unset_hf_deepspeed_config = lambda: None
+
+
+def forget_other_ranks_in_scores() -> None:
+    """Leave out the sum over ranks in an evaluation."""
+    from launch.engine import scoring
+
+    scoring.count_over_ranks = lambda accelerator, counts: counts
+
+
+def walk_the_schedule_on_every_rank() -> None:
+    """Advance the learning rate once per rank and update, as a scheduler prepared by Accelerate does."""
+    from launch.schedule import Schedule
+
+    exact = Schedule.learning_rate
+    Schedule.learning_rate = lambda self, update: exact(self, min(2 * update, self.total))  # type: ignore[method-assign]
+
+
+def build_other_weights_on_each_rank() -> None:
+    """Seed the weights by rank; DDP and ZeRO overwrite them with rank 0's, FSDP2 shards them as they are."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    exact = AutoModelForCausalLM.from_pretrained
+
+    def build(source: str) -> Any:
+        model = exact(source)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.01 * int(torch.distributed.get_rank())
+        return model
+
+    AutoModelForCausalLM.from_pretrained = build
+
+
+BUGS = {
+    function.__name__: function
+    for function in (
+        forget_the_world,
+        average_the_averages,
+        tell_transformers_of_zero3,
+        forget_other_ranks_in_scores,
+        walk_the_schedule_on_every_rank,
+        build_other_weights_on_each_rank,
+    )
+}
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bug", "strategy"),
+    [
+        ("forget_the_world", "ddp"),
+        ("forget_the_world", "zero2"),
+        ("average_the_averages", "fsdp2"),
+        ("tell_transformers_of_zero3", "zero3"),
+        ("forget_other_ranks_in_scores", "ddp"),
+        ("walk_the_schedule_on_every_rank", "fsdp2"),
+        ("build_other_weights_on_each_rank", "fsdp2"),
+    ],
+)
+def test_a_planted_bug_is_noticed(
+    bug: str, strategy: str, sources: dict[str, Path], references: dict[str, Any], tmp_path: Path
+) -> None:
+    run_ranks(2, trained, strategy, 2, str(sources["gpt2"]), str(tmp_path), bug)
+    try:
+        loss, norm = differences(records(tmp_path), references["gpt2"][0])
+    except AssertionError:
+        return
+    assert loss > 1e-4 or norm > 1e-3, "far outside of what is allowed"
