@@ -163,8 +163,9 @@ def spoiled(strategy: str, source: str, folder: str, what: str) -> tuple[str, fl
     def spoil(model: Any, batch: Any) -> torch.Tensor:
         nonlocal calls
         summed = loss(model, batch)
-        calls += model.training
-        if calls < 5 or not model.training or torch.distributed.get_rank() == 0:  # two micro-batches an update
+        training = torch.is_grad_enabled()  # DeepSpeed's engine says `training` while it evaluates
+        calls += training
+        if calls < 5 or not training or torch.distributed.get_rank() == 0:  # two micro-batches an update
             return summed
         # d sqrt(x) / dx at 0 is infinite, although sqrt(0) is 0.
         return summed * math.nan if what == "loss" else summed + torch.sqrt(summed * 0.0)
