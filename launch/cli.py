@@ -18,11 +18,13 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from launch import __version__, local
-from launch.config import Key, Loaded, RunConfig, describe
-from launch.errors import EXIT_CODES, LaunchError
-from launch.plan import Plan, as_json, decide, explain, python_environment
+from launch.config import Key, Loaded, RunConfig, describe, load
+from launch.errors import EXIT_CODES, ConfigError, LaunchError, ParityError
+from launch.parity import Outcome, compare
+from launch.plan import Plan, as_json, decide, default_run_folder, explain, python_environment
 from launch.record import create_run_folder, model_folder, read_json
-from launch.registry import Recipe, load_module, shipped_recipes
+from launch.registry import Recipe, find_run_file, load_module, shipped_recipes
+from launch.strategy import Strategy
 from launch.topology import World, worker_environment
 
 app = typer.Typer(
@@ -77,11 +79,26 @@ Out = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout and nothing else.")]
 
 
+DebugCpu = Annotated[
+    int | None,
+    typer.Option("--debug-cpu", min=1, metavar="N", help="Do it with N processes on this machine's CPU (gloo)."),
+]
+
+
 @app.command("run", cls=_CommandWithKeys)
-def run_command(file: RunFile, overrides: Overrides = None, out: Out = None, json_: AsJson = False) -> None:
+def run_command(
+    file: RunFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    json_: AsJson = False,
+    debug_cpu: DebugCpu = None,
+) -> None:
     """Train, evaluate and export; everything is written to the run folder."""
-    plan = decide(file, overrides or [], out, World()).plan
+    plan = decide(file, [*(overrides or []), *_on_cpu(debug_cpu)], out, World()).plan
     folder = create_run_folder(plan)
+    if debug_cpu:
+        for line in _differences_of_the_twin(file, overrides or [], plan):
+            print(line, file=sys.stderr)
     if not json_:
         _print_plan(plan, _console(stderr=True))
     ending = local.run(plan, folder)
@@ -94,10 +111,37 @@ def run_command(file: RunFile, overrides: Overrides = None, out: Out = None, jso
     print(json.dumps(result) if json_ else result["summary"])
 
 
+def _on_cpu(processes: int | None) -> list[str]:
+    if processes is None:
+        return []
+    return ["parallel.device=cpu", f"parallel.devices={processes}", "parallel.nodes=1"]
+
+
+def _differences_of_the_twin(file: str, overrides: list[str], plan: Plan) -> list[str]:
+    """What differs between a run and its CPU twin; all that is not named here is the same code and the same values."""
+    before = load(find_run_file(file), overrides).config.parallel
+    after = plan.config.parallel
+    changed = [
+        f"parallel.{name}: {getattr(before, name)} → {getattr(after, name)}"
+        for name in ("device", "devices", "nodes")
+        if getattr(before, name) != getattr(after, name)
+    ]
+    if plan.processes.world_size > 1:
+        changed.append("communication: nccl → gloo")
+    head = f"CPU twin of this run, strategy {plan.processes.strategy}; what differs:"
+    return [head, *(f"  {line}" for line in changed)]
+
+
 @app.command("plan", cls=_CommandWithKeys)
-def plan_command(file: RunFile, overrides: Overrides = None, out: Out = None, json_: AsJson = False) -> None:
+def plan_command(
+    file: RunFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    json_: AsJson = False,
+    debug_cpu: DebugCpu = None,
+) -> None:
     """Show what a run would do: arithmetic, schedule, command, configuration. Starts nothing."""
-    decided = decide(file, overrides or [], out, World())
+    decided = decide(file, [*(overrides or []), *_on_cpu(debug_cpu)], out, World())
     plan = decided.plan
     if json_:
         print(json.dumps(as_json(plan), indent=2))
@@ -106,6 +150,64 @@ def plan_command(file: RunFile, overrides: Overrides = None, out: Out = None, js
     _print_plan(plan, console)
     _print_command(plan)
     _print_config(decided.loaded, decided.recipe, console)
+
+
+@app.command("parity")
+def parity_command(
+    file: RunFile,
+    overrides: Overrides = None,
+    strategies: Annotated[
+        str, typer.Option(metavar="A,B,…", help="Strategies to compare with one process.")
+    ] = "ddp,fsdp2,zero1,zero2,zero3",
+    worlds: Annotated[str, typer.Option(metavar="N,M,…", help="Numbers of processes.")] = "1,2",
+    out: Out = None,
+) -> None:
+    """Run FILE over strategies and numbers of processes on this machine, and show that the numbers are the same.
+
+    Twelve updates unless train.max_steps says otherwise.
+    """
+    folder = (out or default_run_folder("parity")).absolute()
+    stated = overrides or []
+    if not any(item.startswith(("train.max_steps=", "train.epochs=")) for item in stated):
+        stated = [*stated, "train.max_steps=12"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("strategy", "processes", "loss", "weights", "learning rate", "metrics", "samples", "verdict"):
+        table.add_column(title, overflow="fold")
+    outcomes = []
+    names, sizes = _strategies(strategies), _world_sizes(worlds)
+    for outcome in compare(file, stated, names, sizes, folder, lambda text: print(text, file=sys.stderr)):
+        outcomes.append(outcome)
+        table.add_row(*_parity_row(outcome, reference=len(outcomes) == 1))
+    _console().print(table)
+    print(f"Differences are the largest against the first row, which is the reference. Runs: {folder}")
+    different = [f"{each.strategy} on {each.world_size}" for each in outcomes if not each.equal]
+    if different or len(outcomes) < 2:
+        raise ParityError(f"not the same numbers: {', '.join(different) or 'nothing to compare'}; runs: {folder}")
+
+
+def _strategies(text: str) -> list[Strategy]:
+    known = [str(strategy) for strategy in Strategy if strategy is not Strategy.SINGLE]
+    for name in text.split(","):
+        if name not in known:
+            raise ConfigError(f"command line: --strategies {name}: no such strategy; there are {', '.join(known)}")
+    return [Strategy(name) for name in text.split(",")]
+
+
+def _world_sizes(text: str) -> list[int]:
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise ConfigError(f"command line: --worlds {text}: must be numbers of processes, such as 1,2,3")
+    return [int(part) for part in text.split(",")]
+
+
+def _parity_row(outcome: Outcome, *, reference: bool) -> list[str]:
+    head = [str(outcome.strategy), str(outcome.world_size)]
+    if outcome.problem:
+        return [*head, "", "", "", "", "", outcome.problem]
+    if reference:
+        return [*head, "", "", "", "", "", "reference"]
+    numbers = ["" if value is None else f"{value:.1e}" for value in (outcome.loss, outcome.weight)]
+    same = ["equal" if yes else "DIFFERENT" for yes in (outcome.same_rates, outcome.same_metrics, outcome.same_samples)]
+    return [*head, *numbers, *same, "same" if outcome.equal else "DIFFERENT"]
 
 
 @app.command("generate")

@@ -49,6 +49,12 @@ class ExportError(LaunchError):
     exit_code = 7
 
 
+class ParityError(LaunchError):
+    """Runs that should have given the same numbers gave different ones."""
+
+    exit_code = 8
+
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C (SIGINT), as shells expect: 128 + 2."""
 
@@ -60,7 +66,7 @@ EXIT_CODES: dict[int, str] = {
     1: "unexpected error (the traceback is shown)",
     **{
         kind.exit_code: (kind.__doc__ or "").strip().rstrip(".")
-        for kind in (ConfigError, DataError, TopologyError, RunFolderError, NonFiniteError, ExportError)
+        for kind in (ConfigError, DataError, TopologyError, RunFolderError, NonFiniteError, ExportError, ParityError)
     },
     INTERRUPTED: "stopped by Ctrl-C",
     TERMINATED: "stopped by SIGTERM",

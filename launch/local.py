@@ -37,6 +37,11 @@ class Ending:
     message: str = ""
     traceback: str = ""
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the user or the system asked for it."""
+        return self.exit_code in (INTERRUPTED, TERMINATED)
+
 
 def run(plan: Plan, folder: Path) -> Ending:
     """Start the workers of `plan` and wait for their end; none of them outlives this call.

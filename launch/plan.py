@@ -333,8 +333,10 @@ def _command(processes: Processes, run_folder: Path) -> tuple[str, ...]:
 
 def _environment(processes: Processes) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": str(processes.threads), **python_environment()}
-    if processes.device == "cpu" and not processes.strategy.shards:
-        environment["ACCELERATE_USE_CPU"] = "true"
+    if processes.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        if not processes.strategy.shards:
+            environment["ACCELERATE_USE_CPU"] = "true"
     return environment
 
 

@@ -1,6 +1,7 @@
 """The run folder: what a run was, what it did, how it ended. The only thing that goes from launcher to worker.
 
 run.yaml        the resolved configuration, itself a run file
+deepspeed.json  DeepSpeed's configuration, where it is used
 plan.json       the plan, and where it was made: versions, git commit, environment (without secrets)
 logs/           rank-N.log, one per process
 metrics.jsonl   one object a line
@@ -47,6 +48,8 @@ def create_run_folder(plan: Plan) -> Path:
             raise RunFolderError(f"{folder}: is not empty, and a run is never overwritten; choose another --out")
         (folder / "logs").mkdir(parents=True)
         (folder / "run.yaml").write_text(dump_yaml(plan.config), encoding="utf-8")
+        if plan.deepspeed is not None:
+            write_json(folder / "deepspeed.json", plan.deepspeed)
         write_json(folder / "plan.json", {"plan": as_json(plan), **_surroundings()})
     except OSError as error:
         raise RunFolderError(f"{folder}: the run folder cannot be written: {error.strerror or error}") from None

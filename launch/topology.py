@@ -116,6 +116,12 @@ def _configured_strategy(environ: Mapping[str, str]) -> Strategy | None:
             )
         return Strategy.FSDP2_OFFLOAD if on("FSDP_OFFLOAD_PARAMS") else Strategy.FSDP2
     if on("ACCELERATE_USE_DEEPSPEED"):
+        if environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+            raise TopologyError(
+                f"`accelerate launch` was given a DeepSpeed file ({environ['ACCELERATE_DEEPSPEED_CONFIG_FILE']}), but "
+                "DeepSpeed's configuration follows from the run file here; give zero_stage instead, as in "
+                "accelerate_configs/zero2.yaml"
+            )
         stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         device = environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
         try:

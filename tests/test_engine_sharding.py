@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from launch.config import load
 from launch.errors import NonFiniteError
@@ -141,6 +142,8 @@ def test_a_strategy_changes_nothing(
 
     from launch.engine.exported import TOLERANCE, difference, load_exported
 
+    with safe_open(tmp_path / "export" / "model.safetensors", "np") as file:
+        assert ("lm_head.weight" in file.keys()) == (name == "llama"), "a tied weight is saved once"  # noqa: SIM118
     exported, _ = load_exported(tmp_path / "export")
     assert difference(exported, tmp_path / "probe.safetensors", "cpu") <= TOLERANCE
     same = exported.get_input_embeddings().weight is exported.get_output_embeddings().weight

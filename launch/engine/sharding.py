@@ -99,7 +99,9 @@ def _deepspeed_plugin(plan: Plan) -> DeepSpeedPlugin:
     if plan.processes.device == "cpu":
         # It would be compiled at every start on a CPU (minutes), and training never uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return DeepSpeedPlugin(hf_ds_config=plan.deepspeed, zero3_init_flag=False)
+    # What the file given to `accelerate launch` says is in the plan already; Accelerate refuses to be told twice.
+    with patch_environment(accelerate_config_ds_fields=""):
+        return DeepSpeedPlugin(hf_ds_config=plan.deepspeed, zero3_init_flag=False)
 
 
 def _fsdp_plugin(strategy: Strategy, on_cpu: bool) -> FullyShardedDataParallelPlugin:
@@ -208,16 +210,27 @@ def updates(
 def full_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All weights, unsharded, in the precision they are trained in (fp32); of use on rank 0 only.
 
-    Every rank must call this.
+    Tied weights are one tensor under several names, so that they are saved once. Every rank must call this.
     """
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return dict(accelerator.get_state_dict(model))
+    bare = accelerator.unwrap_model(model)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        state = _deepspeed_state(bare, keep=accelerator.is_main_process)
+    else:
+        state = dict(accelerator.get_state_dict(model))
+    names: dict[int, str] = {}
+    for name, parameter in bare.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if name in state:
+            state[name] = state[first]
+    return state
+
+
+def _deepspeed_state(bare: torch.nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
-    bare = accelerator.unwrap_model(model)
-    state = dict(bare.state_dict()) if accelerator.is_main_process else {}
-    for name, parameter in bare.named_parameters(remove_duplicate=False):
+    state = dict(bare.state_dict()) if keep else {}
+    for name, parameter in bare.named_parameters():
         weights = safe_get_full_fp32_param(parameter)  # the master copy, of which `parameter` may be a bf16 image
-        if accelerator.is_main_process:
+        if keep:
             state[name] = weights.detach().cpu()
     return state
