@@ -179,6 +179,9 @@ def parity_command(
         outcomes.append(outcome)
         table.add_row(*_parity_row(outcome, reference=len(outcomes) == 1))
     _console().print(table)
+    for each in outcomes:
+        if each.problem:
+            print(f"{each.strategy} on {each.world_size}: {each.problem}")
     print(f"Differences are the largest against the first row, which is the reference. Runs: {folder}")
     different = [f"{each.strategy} on {each.world_size}" for each in outcomes if not each.equal]
     if different or len(outcomes) < 2:
@@ -202,7 +205,7 @@ def _world_sizes(text: str) -> list[int]:
 def _parity_row(outcome: Outcome, *, reference: bool) -> list[str]:
     head = [str(outcome.strategy), str(outcome.world_size)]
     if outcome.problem:
-        return [*head, "", "", "", "", "", outcome.problem]
+        return [*head, "", "", "", "", "", "failed"]
     if reference:
         return [*head, "", "", "", "", "", "reference"]
     numbers = ["" if value is None else f"{value:.1e}" for value in (outcome.loss, outcome.weight)]

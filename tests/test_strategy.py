@@ -1,0 +1,170 @@
+"""Strategies by name, DeepSpeed's configuration, and the files for `accelerate launch` as its own code reads them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+from launch.assets import shipped_folder
+from launch.config import ParallelSection, load
+from launch.errors import TopologyError
+from launch.plan import make_plan
+from launch.recipe import Preview
+from launch.strategy import Strategy, deepspeed_config, zero_strategy
+from launch.topology import Machine, World, read_world
+
+CONFIGS = sorted(shipped_folder("accelerate_configs").glob("*.yaml"))
+RANK = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+
+
+def test_the_names_are_those_of_the_configuration() -> None:
+    names = get_args(ParallelSection.model_fields["strategy"].annotation)
+    assert list(names) == ["auto", *map(str, Strategy)]
+
+
+def test_what_a_strategy_is_made_of() -> None:
+    made = {str(strategy): (strategy.kind, strategy.stage, strategy.offload, strategy.shards) for strategy in Strategy}
+    assert made == {
+        "single": ("single", 0, False, False),
+        "ddp": ("ddp", 0, False, False),
+        "fsdp2": ("fsdp2", 0, False, True),
+        "fsdp2_offload": ("fsdp2", 0, True, True),
+        "zero1": ("zero", 1, False, True),
+        "zero2": ("zero", 2, False, True),
+        "zero3": ("zero", 3, False, True),
+        "zero2_offload": ("zero", 2, True, True),
+        "zero3_offload": ("zero", 3, True, True),
+    }
+    assert zero_strategy(3, offload=True) is Strategy.ZERO3_OFFLOAD
+    with pytest.raises(ValueError, match="zero1_offload"):
+        zero_strategy(1, offload=True)
+
+
+def leaves(value: Any) -> list[Any]:
+    return [leaf for inner in value.values() for leaf in leaves(inner)] if isinstance(value, dict) else [value]
+
+
+@pytest.mark.parametrize("strategy", [strategy for strategy in Strategy if strategy.kind == "zero"])
+def test_a_deepspeed_configuration_is_complete(strategy: Strategy) -> None:
+    config = deepspeed_config(strategy, 4, 3, 2, 0.5, "bf16")
+    assert "auto" not in leaves(config)
+    assert config["train_batch_size"] == 4 * 3 * 2
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 3)
+    assert (config["gradient_clipping"], config["bf16"]) == (0.5, {"enabled": True})
+    zero = config["zero_optimization"]
+    assert zero["stage"] == strategy.stage
+    assert ("offload_optimizer" in zero) == strategy.offload
+    assert ("offload_param" in zero) == (strategy is Strategy.ZERO3_OFFLOAD)
+    assert deepspeed_config(strategy, 4, 3, 2, None, "fp32")["gradient_clipping"] == 0.0
+
+
+# --- accelerate_configs/ ---------------------------------------------------------------------------------
+
+
+def test_there_is_a_file_for_each_strategy() -> None:
+    assert {path.stem for path in CONFIGS} == {*map(str, Strategy), "cpu"}
+
+
+def environment_of(path: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file path` hands to its processes; it reads the file and checks its keys."""
+    arguments = ["--config_file", str(path), "--num_processes", "2", "-m", "launch.train", "causal_lm"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = "zero_stage"  # as `launch_command` does
+        return dict(prepare_deepspeed_cmd_env(args)[1])
+    if args.use_fsdp or args.multi_gpu:
+        return dict(prepare_multi_gpu_env(args))
+    return dict(prepare_simple_launcher_cmd_env(args)[1])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_accepts_the_file_and_the_worker_finds_its_strategy(path: Path) -> None:
+    found = read_world({**environment_of(path), **RANK}).strategy
+    assert found == (None if path.stem in ("cpu", "single", "ddp") else path.stem)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_head_of_a_file_says_how_to_use_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert f"accelerate launch --config_file accelerate_configs/{path.name}" in text
+    assert yaml.safe_load(text)["mixed_precision"] == "no", "stated once, in the run file"
+
+
+# --- what a launcher says --------------------------------------------------------------------------------
+
+
+def world(**environ: str) -> World:
+    return read_world({**RANK, **environ})
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (
+            {"ACCELERATE_USE_FSDP": "true"},
+            "`accelerate launch` was configured for FSDP version 1, which loses its optimizer state on resuming; use "
+            "fsdp_version: 2, as in accelerate_configs/fsdp2.yaml",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
+            "`accelerate launch` was configured for ZeRO stage 0, offload none; there are zero1, zero2, zero3, "
+            "zero2_offload and zero3_offload, see accelerate_configs/",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "mine.json"},
+            "`accelerate launch` was given a DeepSpeed file (mine.json), but DeepSpeed's configuration follows from "
+            "the run file here; give zero_stage instead, as in accelerate_configs/zero2.yaml",
+        ),
+    ],
+)
+def test_a_launcher_that_asks_for_what_there_is_not(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(TopologyError) as caught:
+        world(**environ)
+    assert str(caught.value) == message
+
+
+def planned(world: World, *overrides: str) -> str:
+    loaded = load(None, ["recipe=causal_lm", "parallel.device=cpu", *overrides])
+    return str(make_plan(loaded, Machine("box", 4, 0), world, Preview(), Path("/runs/one")).processes.strategy)
+
+
+ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+
+
+def test_the_strategy_of_a_launcher_is_taken_over_and_never_contradicted() -> None:
+    assert planned(world(**ZERO2)) == "zero2"
+    assert planned(world(**ZERO2), "parallel.strategy=zero2") == "zero2"
+    assert planned(world()) == "ddp"
+    assert planned(world(), "parallel.strategy=zero2") == "zero2", "torchrun has no opinion"
+    with pytest.raises(TopologyError) as caught:
+        planned(world(**ZERO2), "parallel.strategy=fsdp2")
+    assert str(caught.value) == (
+        "command line: parallel.strategy = fsdp2, but the launcher was configured for zero2; state the same in both, "
+        "or leave parallel.strategy out"
+    )
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero1", "zero3_offload"])
+def test_one_process_cannot_be_sharded(strategy: str) -> None:
+    with pytest.raises(TopologyError) as caught:
+        planned(World(), f"parallel.strategy={strategy}")
+    assert str(caught.value) == (
+        f"command line: parallel.strategy = {strategy}: there is one process, and nothing to shard over; use "
+        "parallel.strategy=single, or parallel.devices=2 or more"
+    )
+
+
+def test_the_plan_holds_the_configuration_that_deepspeed_will_get() -> None:
+    stated = ["recipe=causal_lm", "parallel.device=cpu", "parallel.devices=2", "parallel.strategy=zero2"]
+    loaded = load(None, [*stated, "train.global_batch_size=16", "train.micro_batch_size=2"])
+    plan = make_plan(loaded, Machine("box", 4, 0), World(), Preview(), Path("/runs/one"))
+    assert plan.deepspeed == deepspeed_config(Strategy.ZERO2, 2, 4, 2, 1.0, "fp32")
+    assert re.fullmatch(r"\{.*\}", json.dumps(plan.deepspeed))
