@@ -50,7 +50,7 @@ def test_equal_runs_are_told_so_and_compared_with_what_they_left(run_file: Path,
     assert done.returncode == 8, done.stdout + done.stderr
     found = verdicts(done.stdout)
     assert found["single", "1"] == "reference"
-    assert found["fsdp2", "2"] == found["zero3", "2"] == "same"
+    assert found["fsdp2", "2"] == found["zero3", "2"] == "same", done.stdout
     assert "does not divide over 3 processes" in done.stdout
     assert done.stderr.splitlines()[-1] == (f"shoal: not the same numbers: fsdp2 on 3, zero3 on 3; runs: {out}")
     assert {path.name for path in out.iterdir()} == {"single-1", "fsdp2-2", "zero3-2"}

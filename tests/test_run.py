@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["train.max_steps=6", "eval.every_steps=3"]
@@ -114,16 +116,44 @@ def test_bf16_and_early_stopping(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_does_not_come_back_from_its_export_is_no_success(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", ["single", "fsdp2"])
+def test_a_model_that_does_not_come_back_from_its_export_is_no_success(
+    strategy: str, tmp_path: Path, cache: Path
+) -> None:
     out = tmp_path / "run"
     own = str(Path(__file__).with_name("own_recipe.py"))
     (tmp_path / "run.yaml").write_text(f"recipe: {own}\ntrain: {{max_steps: 2, global_batch_size: 8}}\n")
-    run = command(cache, "run", str(tmp_path / "run.yaml"), "recipe_args.hooked=true", "--out", str(out))
-    assert run.returncode == 7
+    run = command(
+        cache, "run", str(tmp_path / "run.yaml"), "recipe_args.hooked=true", *spread(strategy), "--out", str(out)
+    )
+    assert run.returncode == 7, run.stderr
     last = run.stderr.splitlines()[-1]
     assert last.startswith(f"shoal: {out}/export: the reloaded model's logits differ from the trained model's by ")
     assert not (out / "result.json").exists()
     assert (out / "probe.safetensors").is_file()
+
+
+def spread(strategy: str) -> list[str]:
+    return [f"parallel.strategy={strategy}", f"parallel.devices={1 if strategy == 'single' else 2}"]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
+def test_a_sharded_model_trains_and_is_exported_in_bf16(strategy: str, tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    own = str(Path(__file__).with_name("own_recipe.py"))
+    (tmp_path / "run.yaml").write_text(
+        f"recipe: {own}\ntrain: {{max_steps: 3, global_batch_size: 8, precision: bf16}}\n"
+    )
+    run = command(cache, "run", str(tmp_path / "run.yaml"), *spread(strategy), "--out", str(out))
+    assert run.returncode == 0, run.stderr
+    with safe_open(out / "export/model.safetensors", "pt") as file:
+        weights = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    assert {weight.dtype for weight in weights} == {torch.float32}, "the export holds the master weights"
+    beyond_bf16 = [weight for weight in weights if not torch.equal(weight.bfloat16().float(), weight)]
+    assert len(beyond_bf16) > len(weights) / 2
 
 
 @pytest.mark.dist
