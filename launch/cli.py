@@ -25,7 +25,7 @@ from launch.plan import Plan, as_json, decide, default_run_folder, explain, pyth
 from launch.record import create_run_folder, model_folder, read_json
 from launch.registry import Recipe, find_run_file, load_module, shipped_recipes
 from launch.strategy import Strategy
-from launch.topology import World, worker_environment
+from launch.topology import World, stray_variables, worker_environment
 
 app = typer.Typer(
     name="shoal",
@@ -96,6 +96,9 @@ def run_command(
     """Train, evaluate and export; everything is written to the run folder."""
     plan = decide(file, [*(overrides or []), *_on_cpu(debug_cpu)], out, World()).plan
     folder = create_run_folder(plan)
+    stray = stray_variables()
+    if stray:
+        complain(f"not passed on from the environment, because the run file decides it: {', '.join(stray)}")
     if debug_cpu:
         for line in _differences_of_the_twin(file, overrides or [], plan):
             print(line, file=sys.stderr)

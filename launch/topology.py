@@ -153,9 +153,18 @@ def is_supervised(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("SHOAL_SUPERVISED") == "1"
 
 
-def worker_environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with a plan's `changes` laid over it."""
-    return {**os.environ, **changes}
+_LAUNCHERS_OWN = re.compile(r"(ACCELERATE|FSDP|DEEPSPEED|DS)_")
+
+
+def stray_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Variables that would change how Accelerate or DeepSpeed train, behind the back of a plan."""
+    return sorted(name for name in environ if _LAUNCHERS_OWN.match(name))
+
+
+def worker_environment(changes: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """This process's environment without stray variables, and with a plan's `changes` laid over it."""
+    stray = set(stray_variables(environ))
+    return {**{name: value for name, value in environ.items() if name not in stray}, **changes}
 
 
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|JWT|COOKIE)", re.IGNORECASE)

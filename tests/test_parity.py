@@ -18,11 +18,12 @@ ROOT = Path(__file__).parents[1]
 OWN = Path(__file__).with_name("own_recipe.py")
 
 
-def parity(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def shoal(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user in `folder` does."""
     return subprocess.run(
-        [sys.executable, "-m", "launch", "parity", *arguments],
+        [sys.executable, "-m", "launch", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SHOAL_CACHE": str(folder / "cache")},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SHOAL_CACHE": str(folder / "cache"), **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -46,7 +47,9 @@ def verdicts(stdout: str) -> dict[tuple[str, str], str]:
 @pytest.mark.slow
 def test_equal_runs_are_told_so_and_compared_with_what_they_left(run_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "parity"
-    done = parity(tmp_path, str(run_file), "--strategies", "fsdp2,zero3", "--worlds", "1,2,3", "--out", str(out))
+    done = shoal(
+        tmp_path, "parity", str(run_file), "--strategies", "fsdp2,zero3", "--worlds", "1,2,3", "--out", str(out)
+    )
     assert done.returncode == 8, done.stdout + done.stderr
     found = verdicts(done.stdout)
     assert found["single", "1"] == "reference"
@@ -105,7 +108,7 @@ def change_one_weight(path: Path) -> None:
 def test_what_cannot_be_compared_is_told_in_one_line(
     arguments: list[str], message: str, run_file: Path, tmp_path: Path
 ) -> None:
-    done = parity(tmp_path, str(run_file), *arguments)
+    done = shoal(tmp_path, "parity", str(run_file), *arguments)
     assert (done.returncode, done.stderr) == (2, f"shoal: {message}\n")
 
 
@@ -117,18 +120,16 @@ def test_a_run_that_failed_is_not_equal() -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_cpu_twin_keeps_the_strategy_and_says_what_differs(run_file: Path, tmp_path: Path) -> None:
-    arguments = ["run", str(run_file), "parallel.device=cuda", "parallel.devices=8", "parallel.strategy=fsdp2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch", *arguments, "--debug-cpu", "2", "--out", str(tmp_path / "twin")],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SHOAL_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    planned = ["parallel.device=cuda", "parallel.devices=8", "parallel.strategy=fsdp2"]
+    twin = ["--debug-cpu", "2", "--out", str(tmp_path / "twin")]
+    # A variable left over from something else may not turn the run into another one.
+    done = shoal(tmp_path, "run", str(run_file), *planned, *twin, FSDP_VERSION="1", ACCELERATE_USE_DEEPSPEED="true")
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
+    assert lines[0] == (
+        "shoal: not passed on from the environment, because the run file decides it: ACCELERATE_USE_DEEPSPEED, "
+        "FSDP_VERSION"
+    )
     start = lines.index("CPU twin of this run, strategy fsdp2; what differs:")
     assert lines[start + 1 : start + 4] == [
         "  parallel.device: cuda → cpu",

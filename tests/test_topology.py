@@ -17,6 +17,7 @@ from launch.topology import (
     read_machine,
     read_world,
     recorded_environment,
+    stray_variables,
     worker_environment,
 )
 
@@ -252,3 +253,15 @@ def test_a_secret_is_not_recorded_under_one_of_our_own_names_either(name: str) -
 @pytest.mark.parametrize("value", ["hf_" + "aB3" * 9, "https://user:pale-blue-dot@host", "sk-" + "aB3" * 9])
 def test_a_secret_under_an_innocent_name_is_not_recorded(value: str) -> None:
     assert value not in str(recorded_environment({"SLURM_JOB_COMMENT": value, "SHOAL_NOTE": value}))
+
+
+def test_variables_that_would_change_a_run_behind_its_plan_are_kept_from_the_workers() -> None:
+    environ = {
+        **{"ACCELERATE_MIXED_PRECISION": "fp16", "FSDP_VERSION": "1", "DEEPSPEED_X": "1", "DS_ACCELERATOR": "cuda"},
+        **{"PATH": "/bin", "HF_HOME": "/hub", "DSA": "1", "NCCL_DEBUG": "INFO"},
+    }
+    assert stray_variables(environ) == ["ACCELERATE_MIXED_PRECISION", "DEEPSPEED_X", "DS_ACCELERATOR", "FSDP_VERSION"]
+    assert worker_environment({"ACCELERATE_USE_CPU": "true"}, environ) == {
+        **{"PATH": "/bin", "HF_HOME": "/hub", "DSA": "1", "NCCL_DEBUG": "INFO"},
+        "ACCELERATE_USE_CPU": "true",
+    }
