@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from dataclasses import dataclass
@@ -108,7 +109,13 @@ def decide(file: str, overrides: list[str], out: Path | None, world: World) -> D
     loaded = loaded.with_recipe_args(recipe.args.model_dump(mode="json"))
     preview = recipe.preview(RecipeContext(Cache(cache_folder()), loaded.config.train.seed))
     folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
-    return Decided(make_plan(loaded, read_machine(), world, preview, folder), loaded, recipe)
+    plan = make_plan(loaded, read_machine(), world, preview, folder)
+    if plan.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+        raise TopologyError(
+            f"{loaded.place('parallel.strategy')}: parallel.strategy = {plan.processes.strategy}: the package "
+            "deepspeed is not installed; pip install 'shoal[deepspeed]', or use parallel.strategy=fsdp2"
+        )
+    return Decided(plan, loaded, recipe)
 
 
 def default_run_folder(recipe: str) -> Path:

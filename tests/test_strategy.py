@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from launch.assets import shipped_folder
 from launch.config import ParallelSection, load
 from launch.errors import TopologyError
-from launch.plan import make_plan
+from launch.plan import decide, make_plan
 from launch.recipe import Preview
 from launch.strategy import Strategy, deepspeed_config, zero_strategy
 from launch.topology import Machine, World, read_world
@@ -159,6 +160,18 @@ def test_one_process_cannot_be_sharded(strategy: str) -> None:
     assert str(caught.value) == (
         f"command line: parallel.strategy = {strategy}: there is one process, and nothing to shard over; use "
         "parallel.strategy=single, or parallel.devices=2 or more"
+    )
+
+
+def test_a_missing_deepspeed_is_told_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    stated = ["parallel.device=cpu", "parallel.devices=2", "parallel.strategy=zero2"]
+    assert decide("causal_lm", stated, None, World()).plan.deepspeed
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # Python's own way to make an import fail
+    with pytest.raises(TopologyError) as caught:
+        decide("causal_lm", stated, None, World())
+    assert str(caught.value) == (
+        "command line: parallel.strategy = zero2: the package deepspeed is not installed; "
+        "pip install 'shoal[deepspeed]', or use parallel.strategy=fsdp2"
     )
 
 

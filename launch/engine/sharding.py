@@ -89,13 +89,8 @@ def _check(accelerator: Accelerator, plan: Plan) -> None:
 
 
 def _deepspeed_plugin(plan: Plan) -> DeepSpeedPlugin:
-    try:
-        import deepspeed
-    except ImportError:
-        raise TopologyError(
-            f"parallel.strategy = {plan.processes.strategy}: the package deepspeed is not installed; "
-            "pip install 'shoal[deepspeed]', or use parallel.strategy=fsdp2"
-        ) from None
+    import deepspeed
+
     if plan.processes.device == "cpu":
         # It would be compiled at every start on a CPU (minutes), and training never uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
