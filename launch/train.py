@@ -222,6 +222,8 @@ def _check_export(run: Run) -> dict[str, Any]:
     if checked.returncode:
         raise ExportError(f"{export}: does not load again:\n{checked.stderr.strip()}")
     answer: dict[str, Any] = json.loads(checked.stdout.splitlines()[-1])
+    if untied := answer.pop("untied"):
+        raise ExportError(f"{export}: weights tied in the trained model no longer are: {', '.join(untied)}")
     # `not <=`: a difference that is not a number is a failure too.
     if not answer["difference"] <= tolerance:
         raise ExportError(
