@@ -18,14 +18,17 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from launch import __version__, local
+from launch.cache import Cache
 from launch.config import Key, Loaded, RunConfig, describe, load
-from launch.errors import EXIT_CODES, ConfigError, LaunchError, ParityError
+from launch.errors import EXIT_CODES, ConfigError, LaunchError, MemoryExhaustedError, ParityError
+from launch.fitting import Fits, question, remember, smaller
 from launch.parity import Outcome, compare
 from launch.plan import Plan, as_json, decide, default_run_folder, explain, python_environment
 from launch.record import create_run_folder, model_folder, read_json
 from launch.registry import Recipe, find_run_file, load_module, shipped_recipes
 from launch.strategy import Strategy
-from launch.topology import World, stray_variables, worker_environment
+from launch.topology import World, cache_folder, stray_variables, worker_environment
+from launch.trials import find
 
 app = typer.Typer(
     name="shoal",
@@ -94,7 +97,12 @@ def run_command(
     debug_cpu: DebugCpu = None,
 ) -> None:
     """Train, evaluate and export; everything is written to the run folder."""
-    plan = decide(file, [*(overrides or []), *_on_cpu(debug_cpu)], out, World()).plan
+    stated = [*(overrides or []), *_on_cpu(debug_cpu)]
+    plan = decide(file, stated, out, World()).plan
+    cache = Cache(cache_folder())
+    if plan.batch.candidates:
+        remember(cache, question(plan), find(plan, complain))
+        plan = decide(file, stated, Path(plan.run_folder), World()).plan
     folder = create_run_folder(plan)
     stray = stray_variables()
     if stray:
@@ -109,6 +117,10 @@ def run_command(
         if ending.traceback:
             print(ending.traceback, file=sys.stderr)
         complain(ending.message)
+        size = smaller(plan)
+        if ending.exit_code == MemoryExhaustedError.exit_code and plan.config.train.micro_batch_size == "auto" and size:
+            remember(cache, question(plan), Fits(size, plan.batch.micro_batch_size))
+            complain(f"remembered: with train.micro_batch_size=auto the next run takes {size}")
         raise typer.Exit(ending.exit_code)
     result = read_json(folder / "result.json")
     print(json.dumps(result) if json_ else result["summary"])

@@ -19,6 +19,7 @@ from launch.assets import code_root
 from launch.cache import Cache
 from launch.config import Loaded, RunConfig, TrainSection, load
 from launch.errors import ConfigError, TopologyError
+from launch.fitting import Fits, question, recall
 from launch.recipe import Preview, RecipeContext
 from launch.registry import Recipe, find_run_file, load_recipe
 from launch.render import deepspeed_config
@@ -44,6 +45,10 @@ class Processes(_Frozen):
     world_size: int
     threads: int
     """CPU threads each process computes with."""
+    device_name: str
+    """Make of the GPUs; empty where it is not known."""
+    memory_bytes: int
+    """Main memory for each process."""
 
 
 class BatchPlan(_Frozen):
@@ -95,22 +100,6 @@ class Plan(_Frozen):
 
 
 @dataclass(frozen=True)
-class Fits:
-    """What trials have shown of `train.micro_batch_size=auto`, for one model, length and device."""
-
-    largest: int
-    """The largest micro-batch size that fitted."""
-    too_large: int | None
-    """The smallest one that did not; None: all that were tried fitted."""
-
-    def largest_of(self, sizes: list[int]) -> int | None:
-        """The best of `sizes`, ascending; None where a larger one than was ever tried might fit."""
-        if self.too_large is None and sizes[-1] > self.largest:
-            return None
-        return max((size for size in sizes if size <= self.largest), default=None)
-
-
-@dataclass(frozen=True)
 class Decided:
     """A plan, with the configuration and the recipe it was made from."""
 
@@ -128,9 +117,13 @@ def decide(file: str, overrides: list[str], out: Path | None, world: World) -> D
     loaded = load(find_run_file(file), overrides)
     recipe = load_recipe(loaded)
     loaded = loaded.with_recipe_args(recipe.args.model_dump(mode="json"))
-    preview = recipe.preview(RecipeContext(Cache(cache_folder()), loaded.config.train.seed))
+    cache = Cache(cache_folder())
+    preview = recipe.preview(RecipeContext(cache, loaded.config.train.seed))
     folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
-    plan = make_plan(loaded, read_machine(), world, preview, folder)
+    machine = read_machine()
+    plan = make_plan(loaded, machine, world, preview, folder)
+    if plan.batch.candidates and (fits := recall(cache, question(plan))):
+        plan = make_plan(loaded, machine, world, preview, folder, fits)
     if plan.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         raise TopologyError(
             f"{loaded.place('parallel.strategy')}: parallel.strategy = {plan.processes.strategy}: the package "
@@ -194,7 +187,16 @@ def _processes(loaded: Loaded, machine: Machine, world: World) -> Processes:
     size = nodes * per_node
     strategy = _strategy(loaded, world, size)
     threads = max(1, machine.cores // per_node)
-    return Processes(strategy=strategy, device=device, nodes=nodes, per_node=per_node, world_size=size, threads=threads)
+    return Processes(
+        strategy=strategy,
+        device=device,
+        nodes=nodes,
+        per_node=per_node,
+        world_size=size,
+        threads=threads,
+        device_name=machine.gpu_name if device == "cuda" else "",
+        memory_bytes=machine.memory_bytes // per_node,
+    )
 
 
 def _strategy(loaded: Loaded, world: World, size: int) -> Strategy:
@@ -394,6 +396,7 @@ def _environment(processes: Processes) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": str(processes.threads), **python_environment()}
     if processes.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed guesses, and says so on stdout, wherever it is imported
         if not processes.strategy.shards:
             environment["ACCELERATE_USE_CPU"] = "true"
     return environment

@@ -22,7 +22,7 @@ from launch.engine.optim import make_optimizer
 from launch.engine.precision import Autocast, LossScale, check, forward_dtypes
 from launch.engine.progress import Display
 from launch.engine.scoring import Evaluation, Score
-from launch.engine.sharding import seen_dtypes, tied_names, updates
+from launch.engine.sharding import seen_dtypes, tied_names, unwrapped, updates
 from launch.engine.stopping import EarlyStopping
 from launch.engine.tracking import Tracker
 from launch.plan import Plan
@@ -61,7 +61,7 @@ class Run:
         optimizer = make_optimizer(model, config.train, fused=accelerator.device.type == "cuda")
         tied = tied_names(model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        if tied != tied_names(accelerator.unwrap_model(self.model)):
+        if tied != tied_names(unwrapped(self.model)):
             raise RuntimeError(f"{plan.processes.strategy} has untied weights that were one: {tied}")
         self.loss = _in_autocast(prepared.loss, self._autocast())
         """The recipe's loss, computed in the planned number format."""
@@ -123,7 +123,7 @@ class Run:
         )
         self.display.start("training", total)
         self._meter.read()
-        with forward_dtypes(self.accelerator.unwrap_model(self.model)) as self._forward_dtypes:
+        with forward_dtypes(unwrapped(self.model)) as self._forward_dtypes:
             work = self.order.windows(1, total)
             fit(self.step, work, batches, self.schedule.learning_rate, self._after_update)
         self.display.finish()
@@ -154,7 +154,7 @@ class Run:
 
     def _check_dtypes(self) -> None:
         """See, after the first update, that the number formats are the planned ones."""
-        self.dtypes = seen_dtypes(self.accelerator, self.step.updates, self.model, self._forward_dtypes)
+        self.dtypes = seen_dtypes(self.step.updates, self.model, self._forward_dtypes)
         check(self.plan.dtypes, self.dtypes)
         formats = "  ".join(f"{name} {value or 'nothing'}" for name, value in asdict(self.dtypes).items())
         self.display.say(f"number formats in use: {formats}")

@@ -21,6 +21,7 @@ from accelerate.utils import (
     patch_environment,
 )
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import unset_hf_deepspeed_config
 
 from launch.engine.precision import LossScale, names, optimizer_dtypes
@@ -252,13 +253,13 @@ def updates(
     return Updates(accelerator, model, optimizer, max_grad_norm, scale)
 
 
-def seen_dtypes(accelerator: Accelerator, made: Updates, model: torch.nn.Module, forward: set[torch.dtype]) -> Dtypes:
+def seen_dtypes(made: Updates, model: torch.nn.Module, forward: set[torch.dtype]) -> Dtypes:
     """The number formats in use after an update; `forward` is what `precision.forward_dtypes` collected."""
     inner = made.optimizer
     while hasattr(inner, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
         inner = inner.optimizer
     master, remembered = optimizer_dtypes(inner)
-    parameters = accelerator.unwrap_model(model).parameters()
+    parameters = unwrapped(model).parameters()
     return Dtypes(
         forward=names(forward),
         parameter=names({parameter.dtype for parameter in parameters if parameter.requires_grad}),
@@ -276,16 +277,30 @@ def tied_names(model: torch.nn.Module) -> list[list[str]]:
     return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 
 
+def unwrapped(model: torch.nn.Module) -> Any:
+    """The recipe's model inside what DDP or DeepSpeed made of it.
+
+    Not `accelerator.unwrap_model`, which imports DeepSpeed, seconds of it, wherever it is installed (accelerate 1.15).
+    """
+    return (
+        model.module
+        if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine"
+        else model
+    )
+
+
 def full_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All weights, unsharded, in the precision they are trained in (fp32); of use on rank 0 only.
 
     Tied weights are one tensor under several names, so that they are saved once. Every rank must call this.
     """
-    bare = accelerator.unwrap_model(model)
+    bare = unwrapped(model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         state = _deepspeed_state(bare, keep=accelerator.is_main_process)
-    else:
+    elif accelerator.distributed_type == DistributedType.FSDP:
         state = dict(accelerator.get_state_dict(model))
+    else:
+        state = dict(bare.state_dict())
     names: dict[int, str] = {}
     for name, parameter in bare.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
