@@ -71,7 +71,7 @@ class TrainSection(Section):
     sgd_momentum: float = Field(0.0, ge=0, lt=1)
     """SGD's decay of the running sum of gradients."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of forward and backward; weights and optimizer stay in fp32. fp16 scales the loss as needed."""
+    """Number format of forward and backward; weights, sums of gradients and optimizer stay in fp32."""
     activation_checkpointing: bool = False
     """Compute activations a second time in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False

@@ -445,8 +445,7 @@ def explain(plan: Plan) -> list[Line]:
     )
     lines.append(Line("updates", *_updates_explained(length, train.epochs)))
     if length.samples and (last := length.samples % batch.global_batch_size):
-        empty = batch.global_batch_size - last
-        why = f"{empty} places stay empty and count for nothing; no sample is dropped or repeated"
+        why = f"of {batch.global_batch_size}; the mean is over these, none is dropped or repeated"
         lines.append(Line("last of an epoch", f"{last} samples", why))
     lines.append(Line("learning rate", *_rates_explained(length, plan.config)))
     lines.append(Line("run folder", plan.run_folder))

@@ -79,7 +79,7 @@ def _is_product(module: torch.nn.Module) -> bool:
 
 def names(dtypes: Iterable[torch.dtype]) -> str:
     """`float32`; several are joined, none is empty."""
-    return "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return "+".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
 
 
 def optimizer_dtypes(optimizer: torch.optim.Optimizer) -> tuple[str, str]:
