@@ -159,7 +159,7 @@ def work(start: Start) -> None:
             if start.trials:
                 return _try_sizes(run)
             run.train()
-        accelerator.end_training()
+        _leave(accelerator)
         if accelerator.is_main_process:
             finish(run)
     finally:
@@ -197,7 +197,19 @@ def _try_sizes(run: Run) -> None:
     peaks = try_sizes(run.step, run.prepared, run.plan.batch.candidates, limit, managed)
     if run.accelerator.is_main_process:
         write_json(run.folder / "result.json", {"peaks": peaks, "limit": limit})
-    run.accelerator.end_training()
+    _leave(run.accelerator)
+
+
+def _leave(accelerator: Accelerator) -> None:
+    """Leave the process group. Every rank must call this.
+
+    A thread of gloo (torch 2.13) frees the tensors of its last broadcast, for which it needs Python's lock. If the
+    model is freed just then, its destructor holds that lock and waits for the thread, for ever: seen in 2 of 6 runs
+    that ended with an evaluation. So the last collective is one without tensors, and the lock is let go once more.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    time.sleep(0.1)
 
 
 def _prepare(start: Start, display: Display) -> tuple[Prepared | None, LaunchError | None]:

@@ -1,0 +1,198 @@
+"""What is known of micro-batch sizes that fit: pure parts here, real trials by the real command below."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.cache import Cache
+from launch.config import load
+from launch.fitting import Fits, advice, question, recall, remember, smaller
+from launch.plan import Plan, make_plan
+from launch.recipe import Preview
+from launch.topology import Machine, World
+
+ROOT = Path(__file__).parents[1]
+OWN = Path(__file__).with_name("own_recipe.py")
+GPUS = Machine("box", 32, 4, gpu_name="NVIDIA H100 80GB HBM3", memory_bytes=2**40)
+
+
+def planned(*overrides: str, machine: Machine = GPUS, fits: Fits | None = None) -> Plan:
+    loaded = load(None, ["recipe=causal_lm", "train.global_batch_size=48", *overrides])
+    return make_plan(loaded, machine, World(), Preview(), Path("/runs/one"), fits)
+
+
+@pytest.mark.parametrize(
+    ("fits", "sizes", "expected"),
+    [
+        (Fits(8, 16), [1, 2, 4, 8, 16], 8),
+        (Fits(8, 16), [1, 3, 6, 12], 6),  # 12 was never tried, but may be too large
+        (Fits(8, None), [1, 2, 4, 8], 8),
+        (Fits(8, None), [1, 2, 4], 4),
+        (Fits(8, None), [1, 2, 4, 8, 16], None),  # 16 was never tried, and might fit
+        (Fits(2, 4), [3, 6], None),
+    ],
+)
+def test_the_best_size_that_is_known_to_fit(fits: Fits, sizes: list[int], expected: int | None) -> None:
+    assert fits.largest_of(sizes) == expected
+
+
+def test_a_plan_takes_what_is_known_and_keeps_the_global_batch() -> None:
+    unknown = planned("train.micro_batch_size=auto").batch
+    assert unknown.candidates == (1, 2, 3, 4, 6, 12)
+    known = planned("train.micro_batch_size=auto", fits=Fits(5, 6)).batch
+    assert (known.candidates, known.micro_batch_size, known.accumulation) == ((), 4, 3)
+    assert known.micro_batch_size * known.accumulation * 4 == known.global_batch_size == 48
+    assert planned("train.micro_batch_size=6", fits=Fits(2, 3)).batch.micro_batch_size == 6, "a stated size is kept"
+
+
+def test_the_answer_depends_on_model_length_strategy_and_device_and_on_nothing_else() -> None:
+    asked = question(planned("train.micro_batch_size=auto"))
+    for override in (
+        *("recipe_args.block_size=256", "train.precision=bf16", "train.optimizer=sgd", "train.compile=true"),
+        *("train.activation_checkpointing=true", "parallel.strategy=fsdp2", "parallel.device=cpu"),
+    ):
+        assert question(planned("train.micro_batch_size=auto", override)) != asked, override
+    for override in ("train.learning_rate=1", "train.max_steps=7", "train.global_batch_size=96"):
+        assert question(planned("train.micro_batch_size=auto", override)) == asked, override
+    assert question(planned("parallel.devices=2"))["processes"] is None, "each process of DDP holds the whole model"
+    sharded = [question(planned("parallel.strategy=fsdp2", f"parallel.devices={n}")) for n in (2, 4)]
+    assert sharded[0] != sharded[1], "each of more processes holds less of the model"
+
+
+def test_an_answer_is_remembered_and_a_broken_one_is_none(tmp_path: Path) -> None:
+    cache, asked = Cache(tmp_path / "new"), {"a": 1}
+    assert recall(cache, asked) is None
+    remember(cache, asked, Fits(8, None))
+    assert recall(cache, asked) == Fits(8, None)
+    assert recall(cache, {"a": 2}) is None
+    (written,) = (tmp_path / "new").iterdir()
+    written.write_text('{"largest": 8')
+    assert recall(cache, asked) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ("train.micro_batch_size=6",),
+            "use train.micro_batch_size=4 (the global batch stays 48) or train.precision=bf16 or "
+            "train.activation_checkpointing=true or parallel.strategy=fsdp2",
+        ),
+        (
+            (
+                *("train.micro_batch_size=1", "train.precision=bf16", "train.activation_checkpointing=true"),
+                "parallel.strategy=zero3",
+            ),
+            "use an offloading strategy such as parallel.strategy=fsdp2_offload",
+        ),
+        (
+            (
+                *("train.micro_batch_size=1", "train.precision=bf16", "train.activation_checkpointing=true"),
+                "parallel.strategy=zero3_offload",
+            ),
+            "use a smaller model, shorter samples or more devices",
+        ),
+    ],
+)
+def test_the_advice_names_what_is_not_done_yet(overrides: tuple[str, ...], expected: str) -> None:
+    assert advice(planned(*overrides)) == expected
+
+
+def test_the_next_smaller_size_keeps_the_global_batch() -> None:
+    sizes = [12]
+    while size := smaller(planned(f"train.micro_batch_size={sizes[-1]}")):
+        sizes.append(size)
+    assert sizes == [12, 6, 4, 3, 2, 1]
+
+
+# --- by the real command ---------------------------------------------------------------------------------
+
+
+def shoal(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SHOAL_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"recipe: {OWN}\ntrain: {{global_batch_size: 16, max_steps: 2}}\nparallel: {{device: cpu, devices: 2}}\n"
+        "eval: {batch_size: 1}\nsave: {export: false}\n"
+    )
+    return path
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_size_is_found_where_one_rank_runs_out_of_memory_and_remembered(
+    strategy: str, run_file: Path, tmp_path: Path
+) -> None:
+    stated = [
+        *(str(run_file), "train.micro_batch_size=auto", f"parallel.strategy={strategy}"),
+        *("recipe_args.greedy_rank=1", "recipe_args.greedy_from=4"),
+    ]
+    done = shoal(tmp_path, "run", *stated, "--out", "one")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == "shoal: trying micro-batch sizes 1, 2, 4, 8"
+    assert "shoal: micro-batch 2 is the largest that fits (memory of a process at its peak: 1: " in done.stderr
+    assert "micro-batch 2 × accumulation 4 × 2 processes" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "one", "run.yaml"], "nothing is left behind"
+
+    again = shoal(tmp_path, "run", *stated, "--out", "two")
+    assert again.returncode == 0, again.stderr
+    assert "trying" not in again.stderr
+    assert "micro-batch 2 × accumulation 4 × 2 processes" in again.stderr
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_out_of_memory_on_one_rank_ends_all_of_them_and_says_what_to_do(run_file: Path, tmp_path: Path) -> None:
+    greedy: Any = ["recipe_args.greedy_rank=1", "train.micro_batch_size=8"]
+    done = shoal(tmp_path, "run", str(run_file), *greedy, "--out", "one")
+    assert done.returncode == 9
+    last = done.stderr.splitlines()[-1]
+    assert re.match(
+        r"shoal: rank 1 \(.+\): out of memory with micro-batch 8; use train\.micro_batch_size=4 \(the global batch "
+        r"stays 16\) or train\.activation_checkpointing=true or parallel\.strategy=fsdp2: .*can't allocate memory",
+        last,
+    ), last
+
+    nothing = shoal(
+        tmp_path, "run", str(run_file), "recipe_args.greedy_rank=1", "train.micro_batch_size=auto", "--out", "two"
+    )
+    assert nothing.returncode == 9
+    assert nothing.stderr.splitlines()[-1].startswith("shoal: not even one sample per process fits into memory; use ")
+
+
+@pytest.mark.slow
+def test_a_plan_of_its_own_needs_a_known_size(run_file: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.train", str(run_file), "parallel.devices=1", "train.micro_batch_size=auto"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SHOAL_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "shoal: command line: train.micro_batch_size = auto: no size is known yet for this model, length and device; "
+        "`shoal run` finds it first, or state a number\n"
+    )
