@@ -98,8 +98,8 @@ class Decided:
     recipe: Recipe
 
 
-def decide(file: str, overrides: list[str], out: Path | None, world: World) -> Decided:
-    """From a run file (or the name of a shipped one) and overrides to a plan for this machine.
+def decide(file: str, overrides: list[str], out: Path | None, world: World, machine: Machine | None = None) -> Decided:
+    """From a run file (or the name of a shipped one) and overrides to a plan for this machine, or for another.
 
     Raises:
         LaunchError: the run cannot be; nothing was started or written.
@@ -109,7 +109,7 @@ def decide(file: str, overrides: list[str], out: Path | None, world: World) -> D
     loaded = loaded.with_recipe_args(recipe.args.model_dump(mode="json"))
     preview = recipe.preview(RecipeContext(Cache(cache_folder()), loaded.config.train.seed))
     folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
-    plan = make_plan(loaded, read_machine(), world, preview, folder)
+    plan = make_plan(loaded, machine or read_machine(), world, preview, folder)
     if plan.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         raise TopologyError(
             f"{loaded.place('parallel.strategy')}: parallel.strategy = {plan.processes.strategy}: the package "
