@@ -18,15 +18,18 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from launch import __version__, local
+from launch.cache import Cache
 from launch.config import Key, Loaded, RunConfig, describe, load
-from launch.errors import EXIT_CODES, ConfigError, LaunchError, ParityError, StoppedError
+from launch.errors import EXIT_CODES, ConfigError, LaunchError, MemoryExhaustedError, ParityError, StoppedError
+from launch.fitting import Fits, question, remember, smaller
 from launch.parity import Outcome, cases, compare
 from launch.parity_report import write_report
 from launch.plan import Decided, Plan, as_json, decide, default_run_folder, explain, python_environment
 from launch.record import create_run_folder, model_folder, read_json, refuse_results
 from launch.registry import Recipe, find_run_file, load_module, load_recipe, shipped_recipes
 from launch.strategy import Strategy
-from launch.topology import World, stray_variables, worker_environment
+from launch.topology import World, cache_folder, stray_variables, worker_environment
+from launch.trials import find
 from launch.twin import decide_twin
 
 app = typer.Typer(
@@ -98,6 +101,11 @@ def run_command(
     """Train, evaluate and export; everything is written to the run folder."""
     decided, differences = _decide(file, overrides, out, debug_cpu)
     plan = decided.plan
+    cache = Cache(cache_folder())
+    if plan.batch.candidates:
+        remember(cache, question(plan), find(plan, complain))
+        decided, differences = _decide(file, overrides, Path(plan.run_folder), debug_cpu)
+        plan = decided.plan
     folder = create_run_folder(plan)
     stray = stray_variables()
     if stray:
@@ -111,6 +119,10 @@ def run_command(
         if ending.traceback:
             print(ending.traceback, file=sys.stderr)
         complain(ending.message)
+        size = smaller(plan)
+        if ending.exit_code == MemoryExhaustedError.exit_code and plan.config.train.micro_batch_size == "auto" and size:
+            remember(cache, question(plan), Fits(size, plan.batch.micro_batch_size))
+            complain(f"remembered: with train.micro_batch_size=auto the next run takes {size}")
         raise typer.Exit(ending.exit_code)
     result = read_json(folder / "result.json")
     print(json.dumps(result) if json_ else result["summary"])

@@ -42,16 +42,18 @@ class TrainSection(Section):
 
     global_batch_size: int = Field(32, ge=1)
     """Samples in one update, over all processes together; the same for any number of processes."""
-    micro_batch_size: int | None = Field(None, ge=1)
-    """Samples one process handles at once; null: global_batch_size / processes, without accumulation."""
+    micro_batch_size: Literal["auto"] | int | None = Field(None)
+    """Samples one process handles at once; null: global_batch_size / processes; auto: as many as fit into memory."""
     max_steps: int | None = Field(None, ge=1)
     """Number of optimizer updates; excludes train.epochs."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the training data (1 where neither this nor train.max_steps is given)."""
+    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    """How gradients change the weights; adafactor needs whole matrices, which fsdp2 and zero do not keep."""
     learning_rate: float = Field(3e-4, ge=0)
     """Peak learning rate, reached at the end of the warm-up."""
     weight_decay: float = Field(0.01, ge=0)
-    """AdamW's decoupled weight decay; not applied to biases and normalisation weights."""
+    """Decoupled weight decay (with sgd: an L2 penalty); not applied to biases and normalisation weights."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the learning rate after the warm-up; linear and cosine fall towards 0."""
     warmup_ratio: float | None = Field(None, ge=0, lt=1)
@@ -66,8 +68,14 @@ class TrainSection(Section):
     """AdamW's decay of the running mean of squared gradients."""
     adam_epsilon: float = Field(1e-8, gt=0)
     """AdamW's term against division by zero."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of forward and backward; weights and optimizer stay in fp32."""
+    sgd_momentum: float = Field(0.0, ge=0, lt=1)
+    """SGD's decay of the running sum of gradients."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of forward and backward; weights, sums of gradients and optimizer stay in fp32."""
+    activation_checkpointing: bool = False
+    """Compute activations a second time in the backward pass instead of keeping them: less memory, more time."""
+    compile: bool = False
+    """Compile each block of the model with torch.compile; the first updates take longer."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the order of samples, of weights built from scratch and of dropout."""
     early_stopping_patience: int | None = Field(None, ge=1)
@@ -273,9 +281,12 @@ def _impossible_combinations(loaded: Loaded) -> Iterator[str]:
             f"{loaded.place(key)}: {key} = {train.warmup_steps}: is more than train.max_steps = "
             f"{train.max_steps}; the peak learning rate would never be reached"
         )
-    if isinstance(parallel.devices, int) and parallel.devices < 1:
-        key = "parallel.devices"
-        yield f'{loaded.place(key)}: {key} = {parallel.devices}: must be at least 1, or "auto"'
+    for key, value in (("parallel.devices", parallel.devices), ("train.micro_batch_size", train.micro_batch_size)):
+        if isinstance(value, int) and value < 1:
+            yield f'{loaded.place(key)}: {key} = {value}: must be at least 1, or "auto"'
+    if train.sgd_momentum and train.optimizer != "sgd":
+        key = "train.sgd_momentum"
+        yield f"{loaded.place(key)}: {key} = {train.sgd_momentum}: needs train.optimizer=sgd, not {train.optimizer}"
     if parallel.strategy == "single" and (parallel.devices not in ("auto", 1) or parallel.nodes > 1):
         key = "parallel.strategy"
         yield (

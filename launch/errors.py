@@ -55,6 +55,12 @@ class ParityError(LaunchError):
     exit_code = 8
 
 
+class MemoryExhaustedError(LaunchError):
+    """A device, or the machine, has run out of memory."""
+
+    exit_code = 9
+
+
 class StoppedError(LaunchError):
     """Runs that the user or the system stopped."""
 
@@ -74,7 +80,10 @@ EXIT_CODES: dict[int, str] = {
     1: "unexpected error (the traceback is shown)",
     **{
         kind.exit_code: (kind.__doc__ or "").strip().rstrip(".")
-        for kind in (ConfigError, DataError, TopologyError, RunFolderError, NonFiniteError, ExportError, ParityError)
+        for kind in (
+            *(ConfigError, DataError, TopologyError, RunFolderError),
+            *(NonFiniteError, ExportError, ParityError, MemoryExhaustedError),
+        )
     },
     INTERRUPTED: "stopped by Ctrl-C",
     TERMINATED: "stopped by SIGTERM",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ class Ending:
     exit_code: int
     message: str = ""
     traceback: str = ""
+    killed: bool = False
+    """Whether a worker was ended by SIGKILL, as the kernel does when memory runs out."""
 
     @property
     def stopped(self) -> bool:
@@ -127,12 +130,26 @@ def _stop(workers: subprocess.Popen[bytes]) -> None:
 def _failure(folder: Path, exit_code: int) -> Ending:
     """What went wrong: the failure that a rank wrote down first, else the end of the logs."""
     failures = [read_json(path) for path in folder.glob("failure-*.json")]
+    if _was_killed(folder, exit_code):  # what the other ranks say then is only that they have lost it
+        return Ending(
+            1,
+            "a worker was killed by SIGKILL, as the kernel does when the machine's memory runs out; "
+            f"logs: {folder / 'logs'}",
+            killed=True,
+        )
     if failures:
         first = min(failures, key=lambda failure: failure["time"])
         return Ending(first["exit_code"], first["message"], first["traceback"])
     how = f"killed by signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
     tail = "\n".join(f"  {line}" for path in _logs(folder) for line in _last_lines(path))
     return Ending(1, f"the workers ended without a word ({how}); logs: {folder / 'logs'}", tail)
+
+
+def _was_killed(folder: Path, exit_code: int) -> bool:
+    """Whether the worker, or the first rank to fail as torchrun reports it, was ended by SIGKILL."""
+    log = (folder / "logs" / "launcher.log").read_text(encoding="utf-8", errors="replace")
+    first = re.search(r"failed \(exitcode: (-?\d+)\)", log)
+    return exit_code == -signal.SIGKILL or (first is not None and int(first[1]) == -signal.SIGKILL)
 
 
 def _logs(folder: Path) -> list[Path]:

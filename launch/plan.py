@@ -15,14 +15,16 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from launch import __version__
-from launch.assets import code_root, shipped_folder
+from launch.assets import code_root
 from launch.cache import Cache
-from launch.config import Loaded, RunConfig, load
+from launch.config import Loaded, RunConfig, TrainSection, load
 from launch.errors import ConfigError, TopologyError
+from launch.fitting import Fits, question, recall
 from launch.recipe import Preview, RecipeContext
 from launch.registry import Recipe, find_run_file, load_recipe
+from launch.render import deepspeed_config
 from launch.schedule import Schedule, total_updates, updates_per_epoch, warmup_updates
-from launch.strategy import Strategy, deepspeed_config
+from launch.strategy import Dtypes, Strategy, planned_dtypes
 from launch.topology import Device, Machine, World, cache_folder, read_machine
 
 CPU_RANKS_PER_CORE = 4
@@ -43,6 +45,10 @@ class Processes(_Frozen):
     world_size: int
     threads: int
     """CPU threads each process computes with."""
+    device_name: str
+    """Make of the GPUs; empty where it is not known."""
+    memory_bytes: int
+    """Main memory for each process."""
 
 
 class BatchPlan(_Frozen):
@@ -51,6 +57,8 @@ class BatchPlan(_Frozen):
     global_batch_size: int
     micro_batch_size: int
     accumulation: int
+    candidates: tuple[int, ...]
+    """Micro-batch sizes to try, smallest first, while it is not known which ones fit into memory; else none."""
     eval_batch_size: int
     tokens_per_update: int | None
     """Input tokens of a full update; None where samples differ in length."""
@@ -77,6 +85,8 @@ class Plan(_Frozen):
     processes: Processes
     batch: BatchPlan
     length: Length
+    dtypes: Dtypes
+    """Number formats; the workers check that they are the real ones."""
     deepspeed: dict[str, JsonValue] | None
     """DeepSpeed's configuration, in full; None for other strategies."""
     run_folder: str
@@ -107,9 +117,13 @@ def decide(file: str, overrides: list[str], out: Path | None, world: World, mach
     loaded = load(find_run_file(file), overrides)
     recipe = load_recipe(loaded)
     loaded = loaded.with_recipe_args(recipe.args.model_dump(mode="json"))
-    preview = recipe.preview(RecipeContext(Cache(cache_folder()), loaded.config.train.seed))
+    cache = Cache(cache_folder())
+    preview = recipe.preview(RecipeContext(cache, loaded.config.train.seed))
     folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
-    plan = make_plan(loaded, machine or read_machine(), world, preview, folder)
+    machine = machine or read_machine()
+    plan = make_plan(loaded, machine, world, preview, folder)
+    if plan.batch.candidates and (fits := recall(cache, question(plan))):
+        plan = make_plan(loaded, machine, world, preview, folder, fits)
     if plan.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         raise TopologyError(
             f"{loaded.place('parallel.strategy')}: parallel.strategy = {plan.processes.strategy}: the package "
@@ -125,22 +139,33 @@ def default_run_folder(recipe: str) -> Path:
     return next(folder for folder in candidates if not folder.exists()).absolute()
 
 
-def make_plan(loaded: Loaded, machine: Machine, world: World, preview: Preview, run_folder: Path) -> Plan:
+def make_plan(
+    loaded: Loaded,
+    machine: Machine,
+    world: World,
+    preview: Preview,
+    run_folder: Path,
+    fits: Fits | None = None,
+) -> Plan:
     """Decide a run on this machine, or inside the `world` that a launcher has already started.
 
+    `fits` is what is known of `train.micro_batch_size=auto`.
+
     Raises:
-        TopologyError: the devices asked for are not there.
-        ConfigError: the global batch size does not divide.
+        TopologyError: the devices asked for are not there, or cannot compute as asked.
+        ConfigError: the global batch size does not divide, or settings exclude each other.
     """
     config = loaded.config
     processes = _processes(loaded, machine, world)
-    batch = _batch(loaded, processes.world_size, preview)
+    _check_abilities(loaded, processes)
+    batch = _batch(loaded, processes.world_size, preview, fits)
     return Plan(
         shoal=__version__,
         config=config,
         processes=processes,
         batch=batch,
         length=_length(config, preview),
+        dtypes=planned_dtypes(processes.strategy, config.train.precision),
         deepspeed=_deepspeed(config, processes, batch),
         run_folder=str(run_folder),
         command=_command(processes, run_folder),
@@ -162,7 +187,16 @@ def _processes(loaded: Loaded, machine: Machine, world: World) -> Processes:
     size = nodes * per_node
     strategy = _strategy(loaded, world, size)
     threads = max(1, machine.cores // per_node)
-    return Processes(strategy=strategy, device=device, nodes=nodes, per_node=per_node, world_size=size, threads=threads)
+    return Processes(
+        strategy=strategy,
+        device=device,
+        nodes=nodes,
+        per_node=per_node,
+        world_size=size,
+        threads=threads,
+        device_name=machine.gpu_name if device == "cuda" else "",
+        memory_bytes=machine.memory_bytes // per_node,
+    )
 
 
 def _strategy(loaded: Loaded, world: World, size: int) -> Strategy:
@@ -185,6 +219,22 @@ def _strategy(loaded: Loaded, world: World, size: int) -> Strategy:
             f"{key}=single, or parallel.devices=2 or more"
         )
     return Strategy(stated)
+
+
+def _check_abilities(loaded: Loaded, processes: Processes) -> None:
+    """Refuse what a device or a strategy cannot do; nothing is ever replaced by something near it."""
+    train, strategy = loaded.config.train, processes.strategy
+    if train.precision == "fp16" and processes.device == "cpu":
+        key = "train.precision"
+        raise TopologyError(
+            f"{loaded.place(key)}: {key} = fp16: needs a GPU, and this run is on the CPU; use {key}=bf16 or {key}=fp32"
+        )
+    if train.optimizer == "adafactor" and strategy.shards:
+        key = "train.optimizer"
+        raise ConfigError(
+            f"{loaded.place(key)}: {key} = adafactor: looks at rows and columns of whole matrices, of which {strategy} "
+            f"keeps pieces; use {key}=adamw, or parallel.strategy=ddp"
+        )
 
 
 def _launched(loaded: Loaded, machine: Machine, world: World) -> tuple[int, int]:
@@ -243,9 +293,9 @@ def _devices_per_node(loaded: Loaded, machine: Machine, device: Device) -> int:
     return devices
 
 
-def _batch(loaded: Loaded, world_size: int, preview: Preview) -> BatchPlan:
+def _batch(loaded: Loaded, world_size: int, preview: Preview, fits: Fits | None) -> BatchPlan:
     train = loaded.config.train
-    total, micro = train.global_batch_size, train.micro_batch_size
+    total = train.global_batch_size
     key = "train.global_batch_size"
     if total % world_size:
         near = ", ".join(str(n) for n in _multiples_around(total, world_size))
@@ -253,11 +303,10 @@ def _batch(loaded: Loaded, world_size: int, preview: Preview) -> BatchPlan:
             f"{loaded.place(key)}: {key} = {total}: does not divide over {world_size} processes; "
             f"use {near}, or another number of processes"
         )
-    if micro is None:
-        micro = total // world_size
-    if total % (micro * world_size):
-        share = total // world_size
-        divisors = [n for n in range(1, share + 1) if share % n == 0]
+    share = total // world_size
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    micro, candidates = _micro_batch_size(loaded, divisors, fits)
+    if micro not in divisors:
         closest = min(divisors, key=lambda n: abs(n - micro))
         place = loaded.place("train.micro_batch_size")
         raise ConfigError(
@@ -268,10 +317,22 @@ def _batch(loaded: Loaded, world_size: int, preview: Preview) -> BatchPlan:
     return BatchPlan(
         global_batch_size=total,
         micro_batch_size=micro,
-        accumulation=total // (micro * world_size),
+        accumulation=share // micro,
+        candidates=candidates,
         eval_batch_size=loaded.config.eval.batch_size or micro,
         tokens_per_update=tokens * total if tokens else None,
     )
+
+
+def _micro_batch_size(loaded: Loaded, divisors: list[int], fits: Fits | None) -> tuple[int, tuple[int, ...]]:
+    """The size as stated, as known to fit, or the smallest; and, for the last, the sizes to try."""
+    stated = loaded.config.train.micro_batch_size
+    if stated is None:
+        return divisors[-1], ()
+    if stated != "auto":
+        return stated, ()
+    known = fits.largest_of(divisors) if fits else None
+    return (known, ()) if known else (divisors[0], tuple(divisors))
 
 
 def _deepspeed(config: RunConfig, processes: Processes, batch: BatchPlan) -> dict[str, Any] | None:
@@ -316,21 +377,14 @@ def _length(config: RunConfig, preview: Preview) -> Length:
 
 
 def _command(processes: Processes, run_folder: Path) -> tuple[str, ...]:
-    """What starts the workers.
+    """What starts the workers: torchrun for several, on GPUs and CPUs alike.
 
-    CPU processes go through torchrun: `accelerate launch --cpu --num_processes 2` starts one process without a
-    word (accelerate 1.15, `launch_command` takes the simple launcher whenever `--cpu` is given).
+    Not `accelerate launch`, which takes seconds longer to start and adds variables of which the plan needs none;
+    with `--cpu` it starts one process whatever --num_processes says (accelerate 1.15, `launch_command`).
     """
     worker = ("-m", "launch.train", str(run_folder))
     if processes.world_size == 1:
         return (sys.executable, *worker)
-    if processes.device == "cuda":
-        return (
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", str(shipped_folder("accelerate_configs") / f"{processes.strategy}.yaml")),
-            *("--num_processes", str(processes.per_node), "--main_process_port", "0"),
-            *worker,
-        )
     return (
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(processes.per_node)),
@@ -342,6 +396,7 @@ def _environment(processes: Processes) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": str(processes.threads), **python_environment()}
     if processes.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed guesses, and says so on stdout, wherever it is imported
         if not processes.strategy.shards:
             environment["ACCELERATE_USE_CPU"] = "true"
     return environment
@@ -372,13 +427,9 @@ def explain(plan: Plan) -> list[Line]:
     lines = [
         Line("recipe", plan.config.recipe),
         Line("processes", f"{processes.world_size} on {processes.device}", where + threads),
-        Line("strategy", processes.strategy, train.precision),
-        Line(
-            "global batch",
-            f"{batch.global_batch_size} samples",
-            f"micro-batch {batch.micro_batch_size} × accumulation {batch.accumulation} × "
-            f"{processes.world_size} processes",
-        ),
+        Line("strategy", processes.strategy, _extras_explained(train)),
+        Line("number formats", *_dtypes_explained(plan)),
+        Line("global batch", f"{batch.global_batch_size} samples", _batch_explained(plan)),
     ]
     if batch.tokens_per_update:
         each = batch.tokens_per_update // batch.global_batch_size
@@ -393,9 +444,33 @@ def explain(plan: Plan) -> list[Line]:
         Line("training samples", "known after preparation" if length.samples is None else f"{length.samples:,}")
     )
     lines.append(Line("updates", *_updates_explained(length, train.epochs)))
+    if length.samples and (last := length.samples % batch.global_batch_size):
+        why = f"of {batch.global_batch_size}; the mean is over these, none is dropped or repeated"
+        lines.append(Line("last of an epoch", f"{last} samples", why))
     lines.append(Line("learning rate", *_rates_explained(length, plan.config)))
     lines.append(Line("run folder", plan.run_folder))
     return lines
+
+
+def _batch_explained(plan: Plan) -> str:
+    batch, world_size = plan.batch, plan.processes.world_size
+    if batch.candidates:
+        return f"micro-batch: the largest of {', '.join(map(str, batch.candidates))} that fits, found at the start"
+    return f"micro-batch {batch.micro_batch_size} × accumulation {batch.accumulation} × {world_size} processes"
+
+
+def _dtypes_explained(plan: Plan) -> tuple[str, str]:
+    dtypes = plan.dtypes
+    rest = {"gradients summed": dtypes.reduction, "weights": dtypes.master, "optimizer": dtypes.optimizer}
+    if len({dtypes.forward, *rest.values()}) == 1:
+        return dtypes.forward, "throughout"
+    scaled = ", loss scaled" if dtypes.forward == "float16" else ""
+    return f"{dtypes.forward} in forward and backward{scaled}", ", ".join(f"{k} {v}" for k, v in rest.items())
+
+
+def _extras_explained(train: TrainSection) -> str:
+    extras = {"activation checkpointing": train.activation_checkpointing, "torch.compile": train.compile}
+    return ", ".join([train.optimizer, *(name for name, on in extras.items() if on)])
 
 
 def _updates_explained(length: Length, epochs: float | None) -> tuple[str, str]:

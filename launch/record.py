@@ -2,6 +2,7 @@
 
 run.yaml        the resolved configuration, itself a run file
 deepspeed.json  DeepSpeed's configuration, where it is used
+accelerate.yaml starts the same workers by plain `accelerate launch`
 plan.json       the plan, and where it was made: versions, git commit, environment (without secrets)
 logs/           rank-N.log, one per process
 metrics.jsonl   one object a line
@@ -27,6 +28,7 @@ from launch.assets import code_root
 from launch.config import dump_yaml
 from launch.errors import RunFolderError
 from launch.plan import Plan, as_json
+from launch.render import accelerate_yaml
 from launch.secret import argument_without_secrets
 from launch.topology import recorded_environment
 
@@ -49,6 +51,7 @@ def create_run_folder(plan: Plan) -> Path:
         (folder / "run.yaml").write_text(dump_yaml(plan.config), encoding="utf-8")
         if plan.deepspeed is not None:
             write_json(folder / "deepspeed.json", plan.deepspeed)
+        (folder / "accelerate.yaml").write_text(accelerate_yaml(plan), encoding="utf-8")
         write_json(folder / "plan.json", {"plan": as_json(plan), **surroundings()})
     except OSError as error:
         raise RunFolderError(f"{folder}: the run folder cannot be written: {error.strerror or error}") from None

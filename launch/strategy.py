@@ -1,9 +1,10 @@
-"""What the strategies are called and made of, and the DeepSpeed configuration that follows from a plan. Pure."""
+"""What the strategies are called and made of, and the number formats they train in. Pure."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Literal
 
 Kind = Literal["single", "ddp", "fsdp2", "zero"]
 
@@ -64,31 +65,32 @@ def zero_strategy(stage: int, offload: bool) -> Strategy:
     return Strategy(f"zero{stage}{'_offload' if offload else ''}")
 
 
-def deepspeed_config(
-    strategy: Strategy,
-    micro_batch_size: int,
-    accumulation: int,
-    world_size: int,
-    max_grad_norm: float | None,
-    precision: str,
-) -> dict[str, Any]:
-    """A complete DeepSpeed configuration: nothing in it is `auto`."""
-    zero: dict[str, Any] = {"stage": strategy.stage}
-    if strategy.offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
-        if strategy.stage == 3:
-            zero["offload_param"] = {"device": "cpu"}
-    if strategy.stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = False  # the export holds the fp32 master weights
-    return {
-        "train_batch_size": micro_batch_size * accumulation * world_size,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": max_grad_norm or 0.0,
-        "zero_optimization": zero,
-        "bf16": {"enabled": precision == "bf16"},
-        # torch's AdamW, so that every strategy uses the same optimizer and nothing is compiled at the first start
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-    }
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Number formats of a run, by their names in torch. Planned before it starts, and looked at once it has."""
+
+    forward: str
+    """What matrix products are computed in."""
+    parameter: str
+    """The weights that forward and backward use."""
+    reduction: str
+    """What gradients are added up in over processes."""
+    master: str
+    """The weights that the optimizer changes."""
+    optimizer: str
+    """What the optimizer remembers."""
+
+
+def planned_dtypes(strategy: Strategy, precision: Precision) -> Dtypes:
+    """Mixed precision is in the products alone: gradients are summed, and weights kept, in fp32.
+
+    DeepSpeed holds a second, low-precision image of the weights for forward and backward.
+    """
+    low = _TORCH_NAMES[precision]
+    parameter = low if strategy.kind == "zero" else "float32"
+    return Dtypes(forward=low, parameter=parameter, reduction="float32", master="float32", optimizer="float32")

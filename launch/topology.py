@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 from launch.errors import TopologyError
 from launch.secret import is_secret_value
 from launch.strategy import Strategy, zero_strategy
@@ -31,6 +33,10 @@ class Machine:
     """CPU cores this process may use (its affinity, not the machine's total)."""
     gpus: int
     mps: bool = False
+    gpu_name: str = ""
+    """Make of the first GPU, such as NVIDIA H100 80GB HBM3; empty where the driver does not say."""
+    memory_bytes: int = 0
+    """Main memory, or what a container's limit leaves of it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,27 @@ def read_machine() -> Machine:
     """Look at this host; takes about a millisecond."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     mps = sys.platform == "darwin" and platform.machine() == "arm64"
-    return Machine(socket.gethostname(), cores, _count_gpus(os.environ), mps)
+    gpus = _count_gpus(os.environ)
+    return Machine(socket.gethostname(), cores, gpus, mps, _gpu_name() if gpus else "", _memory_bytes())
+
+
+def _gpu_name(root: Path = Path("/")) -> str:
+    """From the driver's own files; they are not mounted into every container."""
+    for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("Model:"):
+                return line.removeprefix("Model:").strip()
+    return ""
+
+
+def _memory_bytes(root: Path = Path("/")) -> int:
+    total = psutil.virtual_memory().total
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2, cgroup 1
+        path = root / "sys/fs/cgroup" / name
+        text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        if text.isdecimal():  # "max": no limit
+            total = min(total, int(text))
+    return int(total)
 
 
 def _count_gpus(environ: Mapping[str, str], root: Path = Path("/")) -> int:

@@ -7,6 +7,7 @@ accelerate launch … -m launch.train FILE [key=value …]  (plans itself from t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import socket
@@ -14,12 +15,14 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.cache import Cache
-from launch.errors import INTERRUPTED, ConfigError, ExportError, LaunchError, TopologyError
+from launch.errors import INTERRUPTED, ConfigError, ExportError, LaunchError, MemoryExhaustedError, TopologyError
+from launch.fitting import TRIALS, advice
 from launch.plan import Plan, decide, python_environment
 from launch.recipe import Prepared, Progress, RecipeContext
 from launch.record import create_run_folder, read_plan, summary, write_json
@@ -57,6 +60,7 @@ def _read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("start", metavar="FILE|RUN_FOLDER", help="a run file, or a folder that `shoal run` made")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of the run file")
     parser.add_argument("--out", type=Path, metavar="RUN_FOLDER", help="where to keep the run")
+    parser.add_argument("--trials", action="store_true", help="only find out which micro-batch sizes fit")
     return parser.parse_args(arguments)
 
 
@@ -72,6 +76,8 @@ class Start:
     world: World
     folder: Path | None
     """The run folder; None until rank 0 has made it, where no launcher did."""
+    trials: bool = False
+    """Whether this world only tries micro-batch sizes."""
 
 
 def begin(arguments: argparse.Namespace, world: World) -> Start:
@@ -83,6 +89,11 @@ def begin(arguments: argparse.Namespace, world: World) -> Start:
     given = Path(arguments.start)
     if not given.is_dir():
         decided = decide(arguments.start, arguments.overrides, arguments.out, world)
+        if decided.plan.batch.candidates:
+            raise ConfigError(
+                f"{decided.loaded.place('train.micro_batch_size')}: train.micro_batch_size = auto: no size is "
+                "known yet for this model, length and device; `shoal run` finds it first, or state a number"
+            )
         return Start(decided.plan, decided.recipe, world, None)
     if arguments.overrides or arguments.out:
         raise ConfigError(f"{given}: a run folder is decided; overrides and --out go with a run file")
@@ -94,7 +105,7 @@ def begin(arguments: argparse.Namespace, world: World) -> Start:
             f"rank {world.rank} finds itself in a world of {world.size}, but {given}/plan.json was made for "
             f"{plan.processes.world_size}; start it with the command recorded there, or plan a new run"
         )
-    return Start(plan, recipe_of(plan.config), world, given)
+    return Start(plan, recipe_of(plan.config), world, given, arguments.trials)
 
 
 def _redirect(folder: Path, rank: int, *, everything: bool) -> None:
@@ -143,13 +154,50 @@ def work(start: Start) -> None:
         raise_together(accelerator, problem)
         assert prepared is not None, "no rank had a problem"
         folder = start.folder = start.folder or _make_folder(start, accelerator, display)
-        run = Run(start.plan, folder, prepared, accelerator, display)
-        run.train()
+        with _memory_may_run_out(start):
+            run = Run(start.plan, folder, prepared, accelerator, display)
+            if start.trials:
+                return _try_sizes(run)
+            run.train()
         accelerator.end_training()
         if accelerator.is_main_process:
             finish(run)
     finally:
         display.close()
+
+
+@contextlib.contextmanager
+def _memory_may_run_out(start: Start) -> Iterator[None]:
+    """Say which rank ran out of memory and what can be done; the launcher then ends the ranks that wait for it."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # The CPU's allocator has no exception of its own (c10/core/impl/alloc_cpu.cpp).
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        where = f"rank {start.world.rank} ({socket.gethostname()})"
+        batch = start.plan.batch
+        raise MemoryExhaustedError(
+            f"{where}: out of memory with micro-batch {batch.micro_batch_size}; {advice(start.plan)}: {error}"
+        ) from error
+
+
+def _try_sizes(run: Run) -> None:
+    """Measure the candidates; rank 0 writes down what all ranks managed."""
+    from launch.engine.trials import memory_limit, try_sizes
+
+    def managed(peaks: dict[int, int]) -> None:
+        if run.accelerator.is_main_process:
+            write_json(run.folder / TRIALS, peaks)
+            run.display.say(f"micro-batch {max(peaks)} fits")
+
+    limit = memory_limit(run.accelerator, run.plan.processes.memory_bytes)
+    peaks = try_sizes(run.step, run.prepared, run.plan.batch.candidates, limit, managed)
+    if run.accelerator.is_main_process:
+        write_json(run.folder / "result.json", {"peaks": peaks, "limit": limit})
+    run.accelerator.end_training()
 
 
 def _prepare(start: Start, display: Display) -> tuple[Prepared | None, LaunchError | None]:
@@ -222,6 +270,8 @@ def _check_export(run: Run) -> dict[str, Any]:
     if checked.returncode:
         raise ExportError(f"{export}: does not load again:\n{checked.stderr.strip()}")
     answer: dict[str, Any] = json.loads(checked.stdout.splitlines()[-1])
+    if untied := answer.pop("untied"):
+        raise ExportError(f"{export}: weights tied in the trained model no longer are: {', '.join(untied)}")
     # `not <=`: a difference that is not a number is a failure too.
     if not answer["difference"] <= tolerance:
         raise ExportError(

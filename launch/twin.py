@@ -74,7 +74,7 @@ def _told(original: Plan | str, target: Target, twin: Decided) -> list[str]:
 
 
 def assume(parallel: ParallelSection, here: Machine, processes: int) -> Target:
-    """The devices that a run asks for, as if they were there; CPU cores are taken to be as many as here.
+    """The devices that a run asks for, as if they were there, on a machine that is otherwise as the one we are on.
 
     Where a run file leaves the number of GPUs open and there are not several here, the run is taken to have as many
     as its twin has processes: one would be another strategy.
@@ -90,11 +90,9 @@ def assume(parallel: ParallelSection, here: Machine, processes: int) -> Target:
     nodes = parallel.nodes
     # Several nodes can only be planned as within the world that a launcher has made of them.
     world = World(size=nodes * gpus, local_size=gpus, launched=True) if nodes > 1 else World()
-    assumed = (
-        f"{f'each of {nodes} nodes' if nodes > 1 else 'a machine'} with {gpus} GPU{'s' if gpus > 1 else ''} ({source}) "
-        f"and {here.cores} CPU core{'s' if here.cores > 1 else ''} (as here)"
-    )
-    return Target(Machine("a machine that has them", here.cores, gpus), world, assumed)
+    where = f"each of {nodes} nodes" if nodes > 1 else "a machine"
+    assumed = f"{where} with {gpus} GPU{'s' if gpus > 1 else ''} ({source}), otherwise as this one"
+    return Target(replace(here, gpus=gpus, mps=False), world, assumed)
 
 
 def _check_is_possible(original: Plan, processes: int) -> None:
@@ -116,7 +114,7 @@ def changes(config: RunConfig, original: Plan | None, processes: int) -> list[st
     stated = ["parallel.device=cpu", f"parallel.devices={processes}", "parallel.nodes=1"]
     if original is not None and processes == 1:  # where `auto` would mean another strategy
         stated.append(f"parallel.strategy={original.processes.strategy}")
-    if str(config.train.precision) == "fp16":  # only a GPU computes in it
+    if config.train.precision == "fp16":  # only a GPU computes in it
         stated.append("train.precision=fp32")
     return stated
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from pydantic import Field
@@ -16,6 +17,10 @@ class Args(RecipeArgs):
     """Size of the hidden layer."""
     hooked: bool = False
     """Whether the model does something that is not in its weights, so that no export of it can be right."""
+    greedy_rank: int | None = None
+    """A rank that asks for more memory than there is."""
+    greedy_from: int = 1
+    """How many samples make it do so."""
 
 
 def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
@@ -27,6 +32,8 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
     rows = [[(start + step) % 11 for step in range(8)] for start in range(16)]
 
     def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        if os.environ.get("RANK", "0") == str(args.greedy_rank) and len(batch["input_ids"]) >= args.greedy_from:
+            torch.empty(2**50)
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
         return torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum"

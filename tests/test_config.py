@@ -87,7 +87,7 @@ REFUSED = [
     ("recipe_args=null", f"recipe_args = null: {MAPPING}"),
     # Out of range.
     ("train.global_batch_size=0", "train.global_batch_size = 0: must be greater than or equal to 1"),
-    ("train.micro_batch_size=0", "train.micro_batch_size = 0: must be greater than or equal to 1"),
+    ("train.micro_batch_size=0", 'train.micro_batch_size = 0: must be at least 1, or "auto"'),
     ("train.max_steps=-1", "train.max_steps = -1: must be greater than or equal to 1"),
     ("train.epochs=0", "train.epochs = 0: must be greater than 0"),
     ("train.learning_rate=-1e-3", "train.learning_rate = -0.001: must be greater than or equal to 0"),
@@ -107,7 +107,9 @@ REFUSED = [
     # One of a few words.
     ("train.schedule=cosin", "train.schedule = \"cosin\": must be 'linear', 'cosine' or 'constant'"),
     ("train.schedule=3", "train.schedule = 3: must be 'linear', 'cosine' or 'constant'"),
-    ("train.precision=fp16", "train.precision = \"fp16\": must be 'fp32' or 'bf16'"),
+    ("train.precision=fp8", "train.precision = \"fp8\": must be 'fp32', 'bf16' or 'fp16'"),
+    ("train.optimizer=adam", "train.optimizer = \"adam\": must be 'adamw', 'adafactor' or 'sgd'"),
+    ("train.sgd_momentum=0.9", "train.sgd_momentum = 0.9: needs train.optimizer=sgd, not adamw"),
     ("track.wandb=yes", "track.wandb = \"yes\": must be 'off', 'offline' or 'online'"),
     (
         "parallel.strategy=fsdp",

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.engine.optim import adamw, parameter_groups
+from launch.config import TrainSection
+from launch.engine.optim import make_optimizer, parameter_groups
 from tests import tiny
 
 
@@ -35,7 +36,9 @@ def test_its_steps_are_those_of_the_paper() -> None:
     """AdamW by hand, several steps with changing gradients and rates (Loshchilov & Hutter 2019, algorithm 2)."""
     layer = torch.nn.Linear(2, 2).double()
     expected = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
-    optimizer = adamw(layer, weight_decay=0.1, betas=(0.8, 0.95), epsilon=0.5, fused=False)
+    optimizer = make_optimizer(
+        layer, TrainSection(weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=0.5), fused=False
+    )
     first = second = 0.0
     for step, (gradient, rate) in enumerate([(3.0, 0.01), (-1.0, 0.02), (0.5, 0.03)], start=1):
         for group in optimizer.param_groups:

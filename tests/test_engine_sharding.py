@@ -25,12 +25,12 @@ UPDATES = 7
 SAMPLES = 20  # three windows of 8 an epoch, the last with 4
 
 
-def plan_for(strategy: str, world_size: int, folder: Path) -> Plan:
+def plan_for(strategy: str, world_size: int, folder: Path, *overrides: str) -> Plan:
     stated = [
         *("recipe=causal_lm", f"train.max_steps={UPDATES}", "train.global_batch_size=8", "train.micro_batch_size=2"),
         *("train.learning_rate=3e-3", "train.warmup_steps=2", "train.weight_decay=0.5", "train.max_grad_norm=0.5"),
         *("eval.every_steps=3", "eval.batch_size=3", "parallel.device=cpu"),
-        *(f"parallel.strategy={strategy}", f"parallel.devices={world_size}"),
+        *(f"parallel.strategy={strategy}", f"parallel.devices={world_size}", *overrides),
     ]
     return make_plan(load(None, stated), Machine("box", 2, 0), World(), Preview(SAMPLES), folder)
 
@@ -42,7 +42,9 @@ def local_size(parameter: Any) -> int:
     return int((parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel())
 
 
-def trained(strategy: str, world_size: int, source: str, folder: str, bug: str = "") -> dict[str, Any]:
+def trained(
+    strategy: str, world_size: int, source: str, folder: str, bug: str = "", overrides: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """One whole run on this rank, from pretrained weights in `source`, with a planted bug if wanted."""
     if bug:
         BUGS[bug]()
@@ -54,7 +56,7 @@ def trained(strategy: str, world_size: int, source: str, folder: str, bug: str =
     from recipes.causal_lm import collate, count, loss
     from tests.test_engine_checkpoint import tokenizer
 
-    plan = plan_for(strategy, world_size, Path(folder))
+    plan = plan_for(strategy, world_size, Path(folder), *overrides)
     prepared = Prepared(
         build_model=lambda: AutoModelForCausalLM.from_pretrained(source),
         tokenizer=tokenizer(),
@@ -71,6 +73,7 @@ def trained(strategy: str, world_size: int, source: str, folder: str, bug: str =
     bare = accelerator.unwrap_model(run.model)
     return {
         "kind": accelerator.distributed_type.value,
+        "formats": run.result()["dtypes"],
         "dtypes": sorted({str(parameter.dtype) for parameter in bare.parameters()}),
         "tied": bare.get_input_embeddings().weight is bare.get_output_embeddings().weight,
         "state": {name: tensor.float().numpy().copy() for name, tensor in state.items()},

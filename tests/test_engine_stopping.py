@@ -10,7 +10,7 @@ from launch.engine.stopping import EarlyStopping
 def stopped_at(losses: list[float], patience: int | None, min_delta: float = 0.0) -> int | None:
     """Position, counted from 0, of the evaluation that stops the run; None: none does."""
     stopping = EarlyStopping(patience, min_delta)
-    return next((position for position, loss in enumerate(losses) if stopping.enough(loss)), None)
+    return next((position for position, loss in enumerate(losses) if stopping.judge(loss).stop), None)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,9 @@ def test_where_it_stops(losses: list[float], patience: int | None, min_delta: fl
     assert stopped_at(losses, patience, min_delta) == expected
 
 
-def test_the_best_loss_is_kept() -> None:
+def test_the_lowest_loss_is_the_best_however_little_lower_and_of_equals_the_first() -> None:
     stopping = EarlyStopping(None, 0.5)
-    for loss in (3.0, 2.8, 2.4, 5.0):
-        stopping.enough(loss)
+    assert [stopping.judge(loss).best for loss in (3.0, 2.8, 2.8, math.nan, 2.4, 5.0)] == [
+        *(True, True, False, False, True, False)
+    ]
     assert stopping.best == 2.4

@@ -356,7 +356,9 @@ def test_the_cpu_twin_keeps_the_strategy_and_says_what_differs(run_file: Path, t
         "FSDP_VERSION"
     )
     start = lines.index("CPU twin of this run, strategy fsdp2")
-    assert lines[start + 1].startswith("the run is planned as on a machine with 8 GPUs (parallel.devices) and ")
+    assert lines[start + 1].startswith(
+        "the run is planned as on a machine with 8 GPUs (parallel.devices), otherwise as "
+    )
     told = dict(line.strip().split(": ", 1) for line in lines[start + 3 :] if line.startswith("  "))
     expected = {
         "config.parallel.device": "cuda → cpu",

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -130,12 +129,10 @@ def test_a_plan_comes_back_from_its_json() -> None:
         assert Plan.model_validate(json.loads(json.dumps(as_json(plan)))) == plan
 
 
-def test_the_configuration_for_accelerate_is_there_and_is_the_one_for_ddp() -> None:
-    command = planned(machine=GPUS).command
-    path = Path(command[command.index("--config_file") + 1])
-    assert path.is_absolute()
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert content["distributed_type"] == "MULTI_GPU"
+def test_gpus_and_cpus_are_started_alike() -> None:
+    on_gpus, on_cpus = (planned("parallel.devices=4", machine=machine).command for machine in (GPUS, CPU))
+    assert on_gpus == on_cpus
+    assert on_gpus[1:5] == ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
 # --- the batch -------------------------------------------------------------------------------------------
@@ -400,14 +397,61 @@ def test_every_number_is_explained() -> None:
     assert explained(planned(*case.overrides, machine=case.machine, preview=case.preview)) == {
         "recipe": ("causal_lm", ""),
         "processes": ("4 on cuda", "8 CPU threads each"),
-        "strategy": ("ddp", "bf16"),
+        "strategy": ("ddp", "adamw"),
+        "number formats": (
+            "bfloat16 in forward and backward",
+            "gradients summed float32, weights float32, optimizer float32",
+        ),
         "global batch": ("64 samples", "micro-batch 8 × accumulation 2 × 4 processes"),
         "tokens per update": ("65,536", "64 samples × 1024 tokens"),
         "training samples": ("1,001", ""),
         "updates": ("16", "1 epochs × 16 updates"),
+        "last of an epoch": ("41 samples", "of 64; the mean is over these, none is dropped or repeated"),
         "learning rate": ("0.0003 → 1.87e-05", "at updates 1 and 16; linear, no warm-up"),
         "run folder": ("/runs/one", ""),
     }
+
+
+def test_what_is_switched_on_is_told() -> None:
+    lines = explained(
+        planned(
+            *("train.precision=fp16", "train.activation_checkpointing=true", "train.compile=true"),
+            *("train.optimizer=sgd", "train.micro_batch_size=auto", "train.global_batch_size=48"),
+            machine=GPUS,
+        )
+    )
+    assert lines["strategy"] == ("ddp", "sgd, activation checkpointing, torch.compile")
+    assert lines["number formats"][0] == "float16 in forward and backward, loss scaled"
+    assert lines["global batch"] == (
+        "48 samples",
+        "micro-batch: the largest of 1, 2, 3, 4, 6, 12 that fits, found at the start",
+    )
+    assert explained(planned())["number formats"] == ("float32", "throughout")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (
+            ("train.precision=fp16",),
+            TopologyError,
+            "command line: train.precision = fp16: needs a GPU, and this run is on the CPU; use train.precision=bf16 "
+            "or train.precision=fp32",
+        ),
+        (
+            ("train.optimizer=adafactor", "parallel.strategy=zero2", "parallel.devices=2"),
+            ConfigError,
+            "command line: train.optimizer = adafactor: looks at rows and columns of whole matrices, of which zero2 "
+            "keeps pieces; use train.optimizer=adamw, or parallel.strategy=ddp",
+        ),
+    ],
+)
+def test_what_a_device_or_a_strategy_cannot_do_is_refused(
+    overrides: tuple[str, ...], error: type[LaunchError], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        planned(*overrides)
+    assert str(caught.value) == message
 
 
 def test_what_is_not_known_yet_is_said_so() -> None:

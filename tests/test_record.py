@@ -29,7 +29,7 @@ def test_a_folder_holds_the_run_file_and_the_plan_and_both_are_read_back(tmp_pat
     plan = plan_for(tmp_path / "runs/one")
     folder = create_run_folder(plan)
     assert folder == tmp_path / "runs/one"
-    assert sorted(path.name for path in folder.iterdir()) == ["logs", "plan.json", "run.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == ["accelerate.yaml", "logs", "plan.json", "run.yaml"]
     assert load(folder / "run.yaml", []).config == plan.config
     assert read_plan(folder) == plan
     recorded = json.loads((folder / "plan.json").read_text())

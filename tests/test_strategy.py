@@ -1,12 +1,10 @@
-"""Strategies by name, DeepSpeed's configuration, and the files for `accelerate launch` as its own code reads them."""
+"""Strategies by name, their number formats, and the files for `accelerate launch` as its own code reads them."""
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import yaml
@@ -18,7 +16,7 @@ from launch.config import ParallelSection, load
 from launch.errors import TopologyError
 from launch.plan import decide, make_plan
 from launch.recipe import Preview
-from launch.strategy import Strategy, deepspeed_config, zero_strategy
+from launch.strategy import Dtypes, Strategy, planned_dtypes, zero_strategy
 from launch.topology import Machine, World, read_world
 
 CONFIGS = sorted(shipped_folder("accelerate_configs").glob("*.yaml"))
@@ -48,22 +46,18 @@ def test_what_a_strategy_is_made_of() -> None:
         zero_strategy(1, offload=True)
 
 
-def leaves(value: Any) -> list[Any]:
-    return [leaf for inner in value.values() for leaf in leaves(inner)] if isinstance(value, dict) else [value]
-
-
-@pytest.mark.parametrize("strategy", [strategy for strategy in Strategy if strategy.kind == "zero"])
-def test_a_deepspeed_configuration_is_complete(strategy: Strategy) -> None:
-    config = deepspeed_config(strategy, 4, 3, 2, 0.5, "bf16")
-    assert "auto" not in leaves(config)
-    assert config["train_batch_size"] == 4 * 3 * 2
-    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 3)
-    assert (config["gradient_clipping"], config["bf16"]) == (0.5, {"enabled": True})
-    zero = config["zero_optimization"]
-    assert zero["stage"] == strategy.stage
-    assert ("offload_optimizer" in zero) == strategy.offload
-    assert ("offload_param" in zero) == (strategy is Strategy.ZERO3_OFFLOAD)
-    assert deepspeed_config(strategy, 4, 3, 2, None, "fp32")["gradient_clipping"] == 0.0
+@pytest.mark.parametrize("strategy", Strategy)
+def test_mixed_precision_keeps_sums_and_weights_in_fp32(strategy: Strategy) -> None:
+    assert set(vars(planned_dtypes(strategy, "fp32")).values()) == {"float32"}
+    low = planned_dtypes(strategy, "bf16")
+    assert low == Dtypes(
+        forward="bfloat16",
+        parameter="bfloat16" if strategy.kind == "zero" else "float32",
+        reduction="float32",
+        master="float32",
+        optimizer="float32",
+    )
+    assert planned_dtypes(strategy, "fp16").forward == "float16"
 
 
 # --- accelerate_configs/ ---------------------------------------------------------------------------------
@@ -173,11 +167,3 @@ def test_a_missing_deepspeed_is_told_before_anything_is_started(monkeypatch: pyt
         "command line: parallel.strategy = zero2: the package deepspeed is not installed; "
         "pip install 'shoal[deepspeed]', or use parallel.strategy=fsdp2"
     )
-
-
-def test_the_plan_holds_the_configuration_that_deepspeed_will_get() -> None:
-    stated = ["recipe=causal_lm", "parallel.device=cpu", "parallel.devices=2", "parallel.strategy=zero2"]
-    loaded = load(None, [*stated, "train.global_batch_size=16", "train.micro_batch_size=2"])
-    plan = make_plan(loaded, Machine("box", 4, 0), World(), Preview(), Path("/runs/one"))
-    assert plan.deepspeed == deepspeed_config(Strategy.ZERO2, 2, 4, 2, 1.0, "fp32")
-    assert re.fullmatch(r"\{.*\}", json.dumps(plan.deepspeed))

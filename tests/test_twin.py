@@ -61,7 +61,10 @@ def test_every_key_that_differs_is_told_and_no_other() -> None:
         "environment.OMP_NUM_THREADS": "1 → 4",
         "environment.CUDA_VISIBLE_DEVICES": '(not set) → ""',
         "communication": "nccl → gloo",
-    } | {key: value for key, value in told.items() if key.startswith("dtypes.")}
+        "dtypes.forward": "float32 → bfloat16",
+        "dtypes.parameter": "float32 → bfloat16",
+        "environment.DS_ACCELERATOR": "(not set) → cpu",
+    }
     assert differences(run, planned(Machine("gpus", 8, 8), *overrides, folder="/runs/two")) == [], "but for the folder"
 
 
@@ -79,21 +82,21 @@ def test_a_mapping_is_flattened_to_dotted_keys() -> None:
 @pytest.mark.parametrize(
     ("stated", "here", "gpus", "world", "assumed"),
     [
-        ({"devices": 8}, HERE, 8, World(), "a machine with 8 GPUs (parallel.devices) and 8 CPU cores (as here)"),
-        ({}, HERE, 2, World(), "a machine with 2 GPUs (as many as the twin has processes) and 8 CPU cores (as here)"),
+        ({"devices": 8}, HERE, 8, World(), "a machine with 8 GPUs (parallel.devices), otherwise as this one"),
+        ({}, HERE, 2, World(), "a machine with 2 GPUs (as many as the twin has processes), otherwise as this one"),
         (
             {"device": "cuda"},
             Machine("box", 1, 4),
             4,
             World(),
-            "a machine with 4 GPUs (as here) and 1 CPU core (as here)",
+            "a machine with 4 GPUs (as here), otherwise as this one",
         ),
         (
             {"devices": 4, "nodes": 2},
             HERE,
             4,
             World(size=8, local_size=4, launched=True),
-            "each of 2 nodes with 4 GPUs (parallel.devices) and 8 CPU cores (as here)",
+            "each of 2 nodes with 4 GPUs (parallel.devices), otherwise as this one",
         ),
         ({"device": "cpu", "devices": 2}, HERE, 0, World(), "this machine's cpu"),
     ],
@@ -110,7 +113,7 @@ def test_what_only_a_gpu_can_do_and_a_strategy_left_open_are_stated_for_the_twin
     config = load(None, ["recipe=causal_lm"]).config
     on_cpu = ["parallel.device=cpu", "parallel.devices=2", "parallel.nodes=1"]
     assert changes(config, None, 2) == on_cpu
-    half = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp16"})})
+    half = load(None, ["recipe=causal_lm", "train.precision=fp16"]).config
     assert changes(half, None, 2) == [*on_cpu, "train.precision=fp32"]
     run = planned(Machine("gpus", 8, 8), "train.global_batch_size=8")
     assert run.processes.strategy is Strategy.DDP
@@ -125,6 +128,14 @@ def test_the_twin_has_the_strategy_of_the_run(strategy: Strategy, run_file: str,
     assert (processes.strategy, processes.device, processes.world_size) == (strategy, "cpu", 2)
     assert twin.lines[0] == f"CPU twin of this run, strategy {strategy}"
     assert by_key(twin.lines[3:])["processes.world_size"] == "8 → 2"
+
+
+def test_half_precision_which_only_a_gpu_has_becomes_fp32_and_that_is_told(run_file: str) -> None:
+    twin = decide_twin(run_file, ["train.precision=fp16", "parallel.strategy=zero2"], None, 2)
+    told = by_key(twin.lines[3:])
+    assert told["config.train.precision"] == "fp16 → fp32"
+    assert told["dtypes.forward"] == "float16 → float32"
+    assert told["deepspeed.fp16.enabled"] == "true → false"
 
 
 def test_a_strategy_left_open_is_that_of_the_run_also_for_one_process_and_for_several_nodes(run_file: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from launch.engine.batching import Window
 from launch.errors import LaunchError, NonFiniteError
+
+Value = TypeVar("Value")
 
 
 def raise_if_loss_is_not_finite(accelerator: Accelerator, window: Window, local: torch.Tensor, total: float) -> None:
@@ -65,8 +68,8 @@ def raise_together(accelerator: Accelerator, error: LaunchError | None) -> None:
     raise kind(message if everywhere else f"rank {rank} ({host}): {message}")
 
 
-def from_main(accelerator: Accelerator, value: str | None) -> str:
-    """Rank 0's `value`, on every rank. Every rank must call this."""
+def from_main(accelerator: Accelerator, value: Value | None) -> Value:
+    """Rank 0's `value`, on every rank; what the others bring is dropped. Every rank must call this."""
     holder = [value]
     if accelerator.num_processes > 1:
         broadcast_object_list(holder)

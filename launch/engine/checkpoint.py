@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
 from safetensors.torch import save_file
 
-from launch.engine.sharding import full_state
+from launch.engine.sharding import full_state, tied_names, unwrapped
 from launch.recipe import Prepared
 
 PROBE_COLUMNS = 64
@@ -28,7 +29,7 @@ def write_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any
         aside = folder.with_name(f"{folder.name}.writing")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        accelerator.unwrap_model(model).save_pretrained(aside, state_dict=state)
+        unwrapped(model).save_pretrained(aside, state_dict=state)
         tokenizer.save_pretrained(aside)
         aside.rename(folder)
     accelerator.wait_for_everyone()
@@ -49,11 +50,10 @@ def prune(run_folder: Path, keep_last: int | None) -> None:
 def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prepared, path: Path) -> None:
     """Write one short validation sample and the logits of the live model, to compare the reloaded model with.
 
-    Removes Accelerate's mixed-precision wrapper from a model that is not sharded: call it after training. Every rank
-    must call this: with sharded weights a forward pass is a collective.
+    With it go the names of tied weights. Every rank must call this: with sharded weights a forward pass is a
+    collective.
     """
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    live = model if sharded else accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    live = model if accelerator.distributed_type == DistributedType.DEEPSPEED else unwrapped(model)
     live.eval()
     batch = prepared.collate([prepared.validation[0]])
     inputs = {
@@ -64,4 +64,5 @@ def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prep
     with torch.no_grad():
         logits = live(**send_to_device(inputs, accelerator.device)).logits
     if accelerator.is_main_process:
-        save_file({**inputs, "logits": logits.float().cpu().contiguous()}, path)
+        tied = json.dumps(tied_names(unwrapped(model)))
+        save_file({**inputs, "logits": logits.float().cpu().contiguous()}, path, metadata={"tied": tied})

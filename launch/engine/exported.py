@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 TOLERANCE = 1e-5
@@ -42,6 +43,14 @@ def difference(model: Any, probe: Path, device: str) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
 
 
+def untied(model: Any, probe: Path) -> list[str]:
+    """Names of weights that were one when the model was live, and are several now: they would be trained apart."""
+    with safe_open(probe, "pt") as file:
+        groups = json.loads((file.metadata() or {}).get("tied", "[]"))
+    found = dict(model.named_parameters(remove_duplicate=False))
+    return [name for group in groups for name in group if found[name].data_ptr() != found[group[0]].data_ptr()]
+
+
 def continue_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
     """`prompt` and its continuation; the likeliest one at temperature 0, else sampled."""
     torch.manual_seed(seed)
@@ -65,7 +74,8 @@ def main(arguments: list[str]) -> None:
     model, tokenizer = load_exported(folder)
     if verb == "check":
         probe, device, prompt = arguments[2:]
-        answer: dict[str, Any] = {"difference": difference(model, Path(probe), device)}
+        answer: dict[str, Any] = {"untied": untied(model, Path(probe))}
+        answer["difference"] = difference(model, Path(probe), device)
         if prompt:
             answer["sample"] = continue_text(model, tokenizer, prompt, SAMPLE_TOKENS, 0.7, 0)
         print(json.dumps(answer))

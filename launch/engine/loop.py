@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from launch.engine.agree import raise_if_loss_is_not_finite, raise_if_norm_is_not_finite
-from launch.engine.batching import Window
+from launch.engine.batching import MicroBatch, Window
 from launch.engine.loss import Counts, count_batch, count_over_ranks, precise_dtype, weigh
 from launch.engine.sharding import Updates
 from launch.recipe import Batch
@@ -26,6 +27,8 @@ class StepResult:
     gradient_norm: float
     """Global L2 norm before clipping."""
     counts: Counts
+    overflows: int = 0
+    """How often the update was repeated because a gradient overflowed in fp16."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,32 @@ class Step:
     def __call__(self, window: Window, batches: list[dict[str, torch.Tensor]]) -> StepResult:
         """Make one update from this rank's micro-batches. Every rank must call this.
 
+        An update whose gradient overflows in fp16 is repeated with half the loss scale rather than skipped: no sample
+        is lost, and the learning rate stays the one of its update.
+
         Raises:
             NonFiniteError: on all ranks, before the weights are touched.
         """
         pairs = list(zip(window.micro_batches, batches, strict=True))
         local_counts = sum((count_batch(*pair, self.count) for pair in pairs), Counts())
         counts = count_over_ranks(self.accelerator, local_counts)
+        overflows = 0
+        while True:
+            total = self._forward_and_backward(window, pairs, counts)
+            norm = self.updates.apply()
+            if math.isfinite(norm) or not self.updates.may_repeat():
+                break
+            overflows += 1
+        raise_if_norm_is_not_finite(window, norm)
+        return StepResult(total / max(counts.targets, 1), norm, counts, overflows)
+
+    def _forward_and_backward(
+        self, window: Window, pairs: list[tuple[MicroBatch, dict[str, torch.Tensor]]], counts: Counts
+    ) -> float:
+        """Add up gradients; the summed loss of the update, over all ranks."""
         sums = []
         for position, (micro_batch, batch) in enumerate(pairs):
-            with self.updates.micro_batch(last=position == len(batches) - 1):
+            with self.updates.micro_batch(last=position == len(pairs) - 1):
                 on_device = send_to_device(batch, self.accelerator.device, non_blocking=True)
                 summed = self.loss(self.model, on_device)
                 if micro_batch.filler:
@@ -59,9 +79,7 @@ class Step:
         local = torch.stack(sums).to(precise_dtype(self.accelerator.device))
         total = float(self.accelerator.reduce(local.sum(), "sum"))  # host sync
         raise_if_loss_is_not_finite(self.accelerator, window, local, total)
-        norm = self.updates.apply()
-        raise_if_norm_is_not_finite(window, norm)
-        return StepResult(total / max(counts.targets, 1), norm, counts)
+        return total
 
 
 def fit(

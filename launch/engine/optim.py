@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from launch.config import TrainSection
+
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices and embeddings decay; biases and normalisation weights (fewer than 2 dimensions) do not.
@@ -20,9 +22,12 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def adamw(
-    model: torch.nn.Module, *, weight_decay: float, betas: tuple[float, float], epsilon: float, fused: bool
-) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; its learning rate is set before each update."""
-    groups = parameter_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=fused or None)
+def make_optimizer(model: torch.nn.Module, train: TrainSection, *, fused: bool) -> torch.optim.Optimizer:
+    """The optimizer of `train.optimizer` over `parameter_groups`; its learning rate is set before each update."""
+    groups = parameter_groups(model, train.weight_decay)
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=train.sgd_momentum, fused=fused or None)
+    if train.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=0.0)
+    betas = (train.adam_beta1, train.adam_beta2)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train.adam_epsilon, fused=fused or None)

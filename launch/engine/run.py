@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from launch.engine.agree import from_main
 from launch.engine.batching import Order, Window, load
+from launch.engine.blocks import checkpoint_activations, compile_blocks
 from launch.engine.checkpoint import checkpoint_folder, prune, write_model, write_probe
 from launch.engine.loop import Step, StepResult, fit
 from launch.engine.meters import Throughput
-from launch.engine.optim import adamw
+from launch.engine.optim import make_optimizer
+from launch.engine.precision import Autocast, LossScale, check, forward_dtypes
 from launch.engine.progress import Display
 from launch.engine.scoring import Evaluation, Score
-from launch.engine.sharding import updates
+from launch.engine.sharding import seen_dtypes, tied_names, unwrapped, updates
 from launch.engine.stopping import EarlyStopping
 from launch.engine.tracking import Tracker
 from launch.plan import Plan
-from launch.recipe import Prepared
+from launch.recipe import Batch, Prepared
+from launch.strategy import Dtypes
 
 
 class Run:
@@ -35,22 +42,29 @@ class Run:
         self.schedule = plan.schedule(len(prepared.train))
         self.scores: dict[str, Score] = {}
         """Validation scores `before` and `after` training."""
+        self.best: dict[str, float] = {}
+        """The update with the lowest validation loss, and its metrics."""
+        self.dtypes: Dtypes | None = None
+        """The number formats in use, once an update has shown them."""
         self.updates_done = 0
         set_seed(config.train.seed)  # the same weights from scratch on every rank
         model = prepared.build_model()
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         """Of the whole model, each tied weight once."""
+        if config.train.activation_checkpointing:
+            checkpoint_activations(model)
+        if config.train.compile:
+            compile_blocks(model)
         if not plan.processes.strategy.shards:
             model = model.to(accelerator.device)
         set_seed((config.train.seed + 1 + accelerator.process_index) % 2**32)  # dropout differs between ranks
-        optimizer = adamw(
-            model,
-            weight_decay=config.train.weight_decay,
-            betas=(config.train.adam_beta1, config.train.adam_beta2),
-            epsilon=config.train.adam_epsilon,
-            fused=accelerator.device.type == "cuda",
-        )
+        optimizer = make_optimizer(model, config.train, fused=accelerator.device.type == "cuda")
+        tied = tied_names(model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if tied != tied_names(unwrapped(self.model)):
+            raise RuntimeError(f"{plan.processes.strategy} has untied weights that were one: {tied}")
+        self.loss = _in_autocast(prepared.loss, self._autocast())
+        """The recipe's loss, computed in the planned number format."""
         self.order = Order(
             len(prepared.train),
             config.train.global_batch_size,
@@ -63,11 +77,19 @@ class Run:
             accelerator,
             prepared.validation,
             prepared.collate,
-            prepared.loss,
+            self.loss,
             prepared.count,
             plan.batch.eval_batch_size,
             config.eval.max_samples,
             config.parallel.data_workers,
+        )
+        scale = LossScale() if config.train.precision == "fp16" else None
+        self.step = Step(
+            accelerator,
+            self.model,
+            updates(accelerator, self.model, self.optimizer, config.train.max_grad_norm, scale),
+            self.loss,
+            prepared.count,
         )
         self._stopping = EarlyStopping(config.train.early_stopping_patience, config.train.early_stopping_min_delta)
         self._meter = Throughput()
@@ -78,6 +100,11 @@ class Run:
             settings = config.model_dump(mode="json")
             self.tracker = Tracker(folder, config.track.wandb, config.track.project, settings)
 
+    def _autocast(self) -> Autocast:
+        """DeepSpeed computes in its low-precision image of the weights instead."""
+        name = "float32" if self.plan.processes.strategy.kind == "zero" else self.plan.dtypes.forward
+        return Autocast(self.accelerator.device.type, getattr(torch, name))
+
     def train(self) -> None:
         """Evaluate, train, evaluate, export; numbers go to metrics.jsonl."""
         config, prepared, total = self.plan.config, self.prepared, self.schedule.total
@@ -86,8 +113,7 @@ class Run:
             f"validation samples, {total:,} updates"
         )
         if config.eval.at_start:
-            self.scores["before"] = self._evaluate(0)
-            self._stopping.enough(self.scores["before"].loss)
+            self.scores["before"], _ = self._evaluate(0)
         batches = load(
             prepared.train,
             lambda: (micro for window in self.order.windows(1, total) for micro in window.micro_batches),
@@ -95,19 +121,14 @@ class Run:
             config.parallel.data_workers,
             self.accelerator.device.type == "cuda",
         )
-        step = Step(
-            self.accelerator,
-            self.model,
-            updates(self.accelerator, self.model, self.optimizer, config.train.max_grad_norm),
-            prepared.loss,
-            prepared.count,
-        )
         self.display.start("training", total)
         self._meter.read()
-        fit(step, self.order.windows(1, total), batches, self.schedule.learning_rate, self._after_update)
+        with forward_dtypes(unwrapped(self.model)) as self._forward_dtypes:
+            work = self.order.windows(1, total)
+            fit(self.step, work, batches, self.schedule.learning_rate, self._after_update)
         self.display.finish()
         if "after" not in self.scores:
-            self.scores["after"] = self._evaluate(self.updates_done)
+            self.scores["after"], _ = self._evaluate(self.updates_done)
         if config.save.export:
             write_model(self.accelerator, self.model, prepared.tokenizer, self.folder / "export")
             write_probe(self.accelerator, self.model, prepared, self.folder / "probe.safetensors")
@@ -116,6 +137,8 @@ class Run:
         """Record, evaluate and save as configured; True to stop, on every rank alike."""
         config, update = self.plan.config, window.update
         self.updates_done = update
+        if self.dtypes is None:
+            self._check_dtypes()
         self._meter.add(result.counts.tokens)
         if update % config.track.every_steps == 0 or update == self.schedule.total:
             self._record(window, result)
@@ -128,6 +151,13 @@ class Run:
             if config.save.every_steps and update % config.save.every_steps == 0:
                 self._save(update)
         return stop
+
+    def _check_dtypes(self) -> None:
+        """See, after the first update, that the number formats are the planned ones."""
+        self.dtypes = seen_dtypes(self.step.updates, self.model, self._forward_dtypes)
+        check(self.plan.dtypes, self.dtypes)
+        formats = "  ".join(f"{name} {value or 'nothing'}" for name, value in asdict(self.dtypes).items())
+        self.display.say(f"number formats in use: {formats}")
 
     def _record(self, window: Window, result: StepResult) -> None:
         self._speed = self._meter.read()
@@ -148,8 +178,7 @@ class Run:
 
     def _evaluate_and_judge(self, update: int) -> bool:
         """Evaluate; True when early stopping has seen enough."""
-        score = self._evaluate(update)
-        stop = self._stopping.enough(score.loss)
+        score, stop = self._evaluate(update)
         if stop or update == self.schedule.total:
             self.scores["after"] = score
         if stop and update < self.schedule.total:
@@ -160,16 +189,27 @@ class Run:
             )
         return stop
 
-    def _evaluate(self, update: int) -> Score:
+    def _evaluate(self, update: int) -> tuple[Score, bool]:
+        """The score, and whether early stopping has seen enough; rank 0 judges, lest a last bit split the ranks."""
         self.display.start("evaluating", self.evaluation.size)
         score = self.evaluation(self.model, self.display.advance)
         self.display.finish()
         metrics = self.metrics(score)
+        judgement = from_main(self.accelerator, self._stopping.judge(score.loss))
+        if judgement.best:
+            self.best = {"update": update, **metrics}
         if self.tracker:
-            self.tracker.write("eval", update, **metrics, samples=score.counts.samples, targets=score.counts.targets)
+            self.tracker.write(
+                "eval",
+                update,
+                **metrics,
+                samples=score.counts.samples,
+                targets=score.counts.targets,
+                best=judgement.best,
+            )
         shown = "  ".join(f"{name} {value:,.4f}" for name, value in metrics.items())
         self.display.say(f"update {update:>5}: validation {shown}")
-        return score
+        return score, judgement.stop
 
     def metrics(self, score: Score) -> dict[str, float]:
         """The validation loss, and what the recipe makes of it."""
@@ -189,5 +229,18 @@ class Run:
         return {
             "updates": self.updates_done,
             "validation": {when: self.metrics(score) for when, score in self.scores.items()},
+            "best": self.best,
+            "dtypes": asdict(self.dtypes) if self.dtypes else None,
             "run_folder": str(self.folder),
         }
+
+
+Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
+
+
+def _in_autocast(loss: Loss, autocast: Autocast) -> Loss:
+    def inside(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        with autocast():
+            return loss(model, batch)
+
+    return inside

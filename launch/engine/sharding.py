@@ -20,11 +20,14 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     patch_environment,
 )
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import unset_hf_deepspeed_config
 
+from launch.engine.precision import LossScale, names, optimizer_dtypes
 from launch.errors import TopologyError
 from launch.plan import Plan
-from launch.strategy import Strategy
+from launch.strategy import Dtypes, Strategy
 
 
 def make_accelerator(plan: Plan) -> Accelerator:
@@ -35,10 +38,7 @@ def make_accelerator(plan: Plan) -> Accelerator:
     """
     processes, train = plan.processes, plan.config.train
     strategy, on_cpu = processes.strategy, processes.device == "cpu"
-    if train.precision == "bf16" and processes.device == "cuda":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            name = torch.cuda.get_device_name()
-            raise TopologyError(f"train.precision = bf16: {name} has no bf16 arithmetic; use train.precision=fp32")
+    _check_precision(processes.device, train.precision)
     options: dict[str, Any] = {}
     environment: dict[str, str] = {}
     if strategy.kind == "zero":
@@ -48,14 +48,16 @@ def make_accelerator(plan: Plan) -> Accelerator:
             options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
             environment = {"accelerate_use_cpu": "false", "ds_accelerator": "cpu"}
     elif strategy.kind == "fsdp2":
-        options["fsdp_plugin"] = _fsdp_plugin(strategy, on_cpu)
+        options["fsdp_plugin"] = _fsdp_plugin(strategy, on_cpu, getattr(torch, plan.dtypes.forward))
         if on_cpu:
             environment = {"accelerate_use_cpu": "false", "accelerate_torch_device": "cpu"}
     else:
         options["cpu"] = on_cpu
     with patch_environment(**environment), _gloo_counts_as_a_device(on_cpu and strategy.kind == "fsdp2"):
         accelerator = Accelerator(
-            mixed_precision="bf16" if train.precision == "bf16" else "no",
+            # Precision is ours (engine.precision), too: Accelerate's FSDP2 would sum gradients in bf16, and its fp16
+            # skips an update that overflows and advances the schedule all the same.
+            mixed_precision="no",
             # Accumulation is ours (engine.loop); a plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the
             # environment silently replaces the plain argument (accelerate 1.15, Accelerator.__init__).
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -67,6 +69,22 @@ def make_accelerator(plan: Plan) -> Accelerator:
         # and have no shape: every one would look like a bias to `optim.parameter_groups`, and none would decay.
         unset_hf_deepspeed_config()
     return accelerator
+
+
+def _check_precision(device: str, precision: str) -> None:
+    """Refuse a number format that the device has no arithmetic for."""
+    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise TopologyError(
+            f"train.precision = bf16: {name} has no bf16 arithmetic; use train.precision=fp16 or train.precision=fp32"
+        )
+    if precision == "bf16" and device == "mps":
+        try:
+            torch.ones(1, dtype=torch.bfloat16, device=device)
+        except TypeError as error:
+            raise TopologyError(
+                f"train.precision = bf16: {error}; use train.precision=fp16 or train.precision=fp32"
+            ) from None
 
 
 def _check(accelerator: Accelerator, plan: Plan) -> None:
@@ -99,11 +117,9 @@ def _deepspeed_plugin(plan: Plan) -> DeepSpeedPlugin:
         return DeepSpeedPlugin(hf_ds_config=plan.deepspeed, zero3_init_flag=False)
 
 
-def _fsdp_plugin(strategy: Strategy, on_cpu: bool) -> FullyShardedDataParallelPlugin:
+def _fsdp_plugin(strategy: Strategy, on_cpu: bool, forward: torch.dtype) -> FullyShardedDataParallelPlugin:
     offload: Any = False
     if strategy.offload:
-        from torch.distributed.fsdp import CPUOffloadPolicy
-
         offload = CPUOffloadPolicy(pin_memory=not on_cpu)  # pinning needs a device to pin for
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -111,6 +127,7 @@ def _fsdp_plugin(strategy: Strategy, on_cpu: bool) -> FullyShardedDataParallelPl
         reshard_after_forward=True,
         cpu_ram_efficient_loading=False,  # every rank builds the same weights
         cpu_offload=offload,
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=forward, reduce_dtype=torch.float32),
     )
 
 
@@ -142,9 +159,11 @@ class Updates:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float | None,
+        scale: LossScale | None = None,
     ) -> None:
         self.optimizer = optimizer
         self._accelerator, self._model, self._max_grad_norm = accelerator, model, max_grad_norm
+        self._scale = scale
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -153,20 +172,40 @@ class Updates:
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of `loss`."""
-        self._accelerator.backward(loss)
+        """Add the gradients of `loss`, as the loss scale has it."""
+        (loss * self._scale.value if self._scale else loss).backward()  # type: ignore[no-untyped-call]
 
     def apply(self) -> float:
         """Clip, change the weights, forget the gradients; the global L2 norm of the gradient before clipping.
 
         A norm that is not finite leaves the weights alone.
         """
+        if self._scale:
+            gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / self._scale.value)
         norm = self._accelerator.clip_grad_norm_(self._model.parameters(), self._max_grad_norm or math.inf)
         value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # host sync
         if math.isfinite(value):
             self.optimizer.step()
+            if self._scale:
+                self._scale.after_update()
         self.optimizer.zero_grad()
         return value
+
+    def may_repeat(self) -> bool:
+        """After a gradient that is not finite: whether it may only have overflowed, and its scale is halved now.
+
+        The norm is the global one, so every rank finds the same.
+        """
+        return self._scale is not None and self._scale.after_overflow()
+
+    def reduction_dtype(self) -> str:
+        """In what gradients are added up over ranks."""
+        if isinstance(self._model, FSDPModule):
+            policy = self._model._get_fsdp_state()._mp_policy
+            return names({policy.reduce_dtype or torch.float32})
+        # DDP adds up gradients as they are, and they are what the weights are.
+        return names({parameter.dtype for parameter in self._model.parameters() if parameter.requires_grad})
 
 
 class DeepSpeedUpdates(Updates):
@@ -192,14 +231,62 @@ class DeepSpeedUpdates(Updates):
         # An update that is not finite is skipped, and the norm is then the one of the update before.
         return math.nan if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
 
+    def may_repeat(self) -> bool:
+        """As above: DeepSpeed has halved its own scale; at 1 it would raise an exception of its own."""
+        return bool(self._engine.fp16_enabled()) and float(self._engine.optimizer.loss_scaler.loss_scale) > 1.0
+
+    def reduction_dtype(self) -> str:
+        """As above."""
+        return names({self._engine.communication_data_type})
+
 
 def updates(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float | None,
+    scale: LossScale | None = None,
 ) -> Updates:
-    """How this accelerator's engine makes updates of the prepared `model`."""
+    """How this accelerator's engine makes updates of the prepared `model`; DeepSpeed has a loss scale of its own."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return DeepSpeedUpdates(accelerator, model, optimizer)
-    return Updates(accelerator, model, optimizer, max_grad_norm)
+    return Updates(accelerator, model, optimizer, max_grad_norm, scale)
+
+
+def seen_dtypes(made: Updates, model: torch.nn.Module, forward: set[torch.dtype]) -> Dtypes:
+    """The number formats in use after an update; `forward` is what `precision.forward_dtypes` collected."""
+    inner = made.optimizer
+    while hasattr(inner, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
+        inner = inner.optimizer
+    master, remembered = optimizer_dtypes(inner)
+    parameters = unwrapped(model).parameters()
+    return Dtypes(
+        forward=names(forward),
+        parameter=names({parameter.dtype for parameter in parameters if parameter.requires_grad}),
+        reduction=made.reduction_dtype(),
+        master=master,
+        optimizer=remembered,
+    )
+
+
+def tied_names(model: torch.nn.Module) -> list[list[str]]:
+    """Groups of names under which one and the same weight is known."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return sorted(sorted(group) for group in groups.values() if len(group) > 1)
+
+
+def unwrapped(model: torch.nn.Module) -> Any:
+    """The recipe's model inside what DDP or DeepSpeed made of it.
+
+    Not `accelerator.unwrap_model`, which imports DeepSpeed, seconds of it, wherever it is installed (accelerate 1.15).
+    """
+    return (
+        model.module
+        if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine"
+        else model
+    )
 
 
 def full_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -207,11 +294,13 @@ def full_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, to
 
     Tied weights are one tensor under several names, so that they are saved once. Every rank must call this.
     """
-    bare = accelerator.unwrap_model(model)
+    bare = unwrapped(model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         state = _deepspeed_state(bare, keep=accelerator.is_main_process)
-    else:
+    elif accelerator.distributed_type == DistributedType.FSDP:
         state = dict(accelerator.get_state_dict(model))
+    else:
+        state = dict(bare.state_dict())
     names: dict[int, str] = {}
     for name, parameter in bare.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
