@@ -20,15 +20,17 @@ from typer.core import TyperCommand
 from launch import __version__, local
 from launch.cache import Cache
 from launch.config import Key, Loaded, RunConfig, describe, load
-from launch.errors import EXIT_CODES, ConfigError, LaunchError, MemoryExhaustedError, ParityError
+from launch.errors import EXIT_CODES, ConfigError, LaunchError, MemoryExhaustedError, ParityError, StoppedError
 from launch.fitting import Fits, question, remember, smaller
-from launch.parity import Outcome, compare
-from launch.plan import Plan, as_json, decide, default_run_folder, explain, python_environment
-from launch.record import create_run_folder, model_folder, read_json
-from launch.registry import Recipe, find_run_file, load_module, shipped_recipes
+from launch.parity import Outcome, cases, compare
+from launch.parity_report import write_report
+from launch.plan import Decided, Plan, as_json, decide, default_run_folder, explain, python_environment
+from launch.record import create_run_folder, model_folder, read_json, refuse_results
+from launch.registry import Recipe, find_run_file, load_module, load_recipe, shipped_recipes
 from launch.strategy import Strategy
 from launch.topology import World, cache_folder, stray_variables, worker_environment
 from launch.trials import find
+from launch.twin import decide_twin
 
 app = typer.Typer(
     name="shoal",
@@ -97,19 +99,19 @@ def run_command(
     debug_cpu: DebugCpu = None,
 ) -> None:
     """Train, evaluate and export; everything is written to the run folder."""
-    stated = [*(overrides or []), *_on_cpu(debug_cpu)]
-    plan = decide(file, stated, out, World()).plan
+    decided, differences = _decide(file, overrides, out, debug_cpu)
+    plan = decided.plan
     cache = Cache(cache_folder())
     if plan.batch.candidates:
         remember(cache, question(plan), find(plan, complain))
-        plan = decide(file, stated, Path(plan.run_folder), World()).plan
+        decided, differences = _decide(file, overrides, Path(plan.run_folder), debug_cpu)
+        plan = decided.plan
     folder = create_run_folder(plan)
     stray = stray_variables()
     if stray:
         complain(f"not passed on from the environment, because the run file decides it: {', '.join(stray)}")
-    if debug_cpu:
-        for line in _differences_of_the_twin(file, overrides or [], plan):
-            print(line, file=sys.stderr)
+    for line in differences:
+        print(line, file=sys.stderr)
     if not json_:
         _print_plan(plan, _console(stderr=True))
     ending = local.run(plan, folder)
@@ -126,25 +128,14 @@ def run_command(
     print(json.dumps(result) if json_ else result["summary"])
 
 
-def _on_cpu(processes: int | None) -> list[str]:
-    if processes is None:
-        return []
-    return ["parallel.device=cpu", f"parallel.devices={processes}", "parallel.nodes=1"]
-
-
-def _differences_of_the_twin(file: str, overrides: list[str], plan: Plan) -> list[str]:
-    """What differs between a run and its CPU twin; all that is not named here is the same code and the same values."""
-    before = load(find_run_file(file), overrides).config.parallel
-    after = plan.config.parallel
-    changed = [
-        f"parallel.{name}: {getattr(before, name)} → {getattr(after, name)}"
-        for name in ("device", "devices", "nodes")
-        if getattr(before, name) != getattr(after, name)
-    ]
-    if plan.processes.world_size > 1:
-        changed.append("communication: nccl → gloo")
-    head = f"CPU twin of this run, strategy {plan.processes.strategy}; what differs:"
-    return [head, *(f"  {line}" for line in changed)]
+def _decide(
+    file: str, overrides: list[str] | None, out: Path | None, debug_cpu: int | None
+) -> tuple[Decided, list[str]]:
+    """The run that was asked for; or its twin on the CPU, and what to tell of that."""
+    if debug_cpu is None:
+        return decide(file, overrides or [], out, World()), []
+    twin = decide_twin(file, overrides or [], out, debug_cpu)
+    return twin.decided, twin.lines
 
 
 @app.command("plan", cls=_CommandWithKeys)
@@ -156,8 +147,10 @@ def plan_command(
     debug_cpu: DebugCpu = None,
 ) -> None:
     """Show what a run would do: arithmetic, schedule, command, configuration. Starts nothing."""
-    decided = decide(file, [*(overrides or []), *_on_cpu(debug_cpu)], out, World())
+    decided, differences = _decide(file, overrides, out, debug_cpu)
     plan = decided.plan
+    for line in differences:
+        print(line, file=sys.stderr if json_ else sys.stdout)
     if json_:
         print(json.dumps(as_json(plan), indent=2))
         return
@@ -176,56 +169,92 @@ def parity_command(
     ] = "ddp,fsdp2,zero1,zero2,zero3",
     worlds: Annotated[str, typer.Option(metavar="N,M,…", help="Numbers of processes.")] = "1,2",
     out: Out = None,
+    json_: AsJson = False,
 ) -> None:
     """Run FILE over strategies and numbers of processes on this machine, and show that the numbers are the same.
 
-    Twelve updates unless train.max_steps says otherwise.
+    Twelve updates unless train.max_steps or train.epochs is stated here. The run folder gets the numbers,
+    parity.json, and a plot of them, parity.png.
     """
+    selected = cases(_strategies(strategies), _world_sizes(worlds))
+    if len(selected) < 2:
+        raise ConfigError(
+            f"command line: --strategies {strategies} --worlds {worlds}: is one run, with none to compare; "
+            "use --worlds 1,2"
+        )
     folder = (out or default_run_folder("parity")).absolute()
     stated = overrides or []
     if not any(item.startswith(("train.max_steps=", "train.epochs=")) for item in stated):
         stated = [*stated, "train.max_steps=12"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("strategy", "processes", "loss", "weights", "learning rate", "metrics", "samples", "verdict"):
-        table.add_column(title, overflow="fold")
-    outcomes = []
-    names, sizes = _strategies(strategies), _world_sizes(worlds)
-    for outcome in compare(file, stated, names, sizes, folder, lambda text: print(text, file=sys.stderr)):
-        outcomes.append(outcome)
-        table.add_row(*_parity_row(outcome, reference=len(outcomes) == 1))
-    _console().print(table)
-    for each in outcomes:
-        if each.problem:
-            print(f"{each.strategy} on {each.world_size}: {each.problem}")
-    print(f"Differences are the largest against the first row, which is the reference. Runs: {folder}")
-    different = [f"{each.strategy} on {each.world_size}" for each in outcomes if not each.equal]
-    if different or len(outcomes) < 2:
-        raise ParityError(f"not the same numbers: {', '.join(different) or 'nothing to compare'}; runs: {folder}")
+    loaded = load(find_run_file(file), stated)  # a mistake in it is told once, and before anything starts
+    config = loaded.with_recipe_args(load_recipe(loaded).args.model_dump(mode="json")).config
+    refuse_results(folder)
+    outcomes: list[Outcome] = []
+    stopped: StoppedError | None = None
+    try:
+        for outcome in compare(file, stated, selected, folder, lambda text: print(text, file=sys.stderr)):
+            outcomes.append(outcome)  # one by one: what was done before Ctrl-C is kept
+    except StoppedError as error:
+        stopped = error
+    report = write_report(folder, config, outcomes, complete=not stopped)
+    if json_:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_parity(outcomes, report)
+    if stopped:
+        raise stopped
+    different = [
+        f"{each.strategy} on {each.world_size}" for each in outcomes if each.verdict in ("DIFFERENT", "failed")
+    ]
+    if different:
+        raise ParityError(f"not the same numbers: {', '.join(different)}; runs: {folder}")
+
+
+def _listed(text: str) -> list[str]:
+    """The parts of a list with commas, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def _strategies(text: str) -> list[Strategy]:
     known = [str(strategy) for strategy in Strategy if strategy is not Strategy.SINGLE]
-    for name in text.split(","):
+    for name in _listed(text):
         if name not in known:
             raise ConfigError(f"command line: --strategies {name}: no such strategy; there are {', '.join(known)}")
-    return [Strategy(name) for name in text.split(",")]
+    return [Strategy(name) for name in _listed(text)]
 
 
 def _world_sizes(text: str) -> list[int]:
-    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+    if not all(part.isdecimal() and int(part) for part in _listed(text)):
         raise ConfigError(f"command line: --worlds {text}: must be numbers of processes, such as 1,2,3")
-    return [int(part) for part in text.split(",")]
+    return list(dict.fromkeys(int(part) for part in _listed(text)))
 
 
-def _parity_row(outcome: Outcome, *, reference: bool) -> list[str]:
+def _print_parity(outcomes: list[Outcome], report: dict[str, Any]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("strategy", "processes", "loss", "weights", "learning rate", "metrics", "samples", "verdict"):
+        table.add_column(title, overflow="fold")
+    for outcome in outcomes:
+        table.add_row(*_parity_row(outcome))
+    _console().print(table)
+    for each in outcomes:
+        if each.problem:
+            print(f"{each.strategy} on {each.world_size}: {each.problem}")
+    print("Differences are the largest against the first row, which is the reference.")
+    if not report["config"]["save"]["export"]:
+        print("Weights were not compared, because save.export = false.")
+    if report["plot"]:
+        print(f"plot: {report['plot']}")
+    print(f"data: {report['data']}")
+    print(f"runs: {report['folder']}")
+
+
+def _parity_row(outcome: Outcome) -> list[str]:
     head = [str(outcome.strategy), str(outcome.world_size)]
-    if outcome.problem:
-        return [*head, "", "", "", "", "", "failed"]
-    if reference:
-        return [*head, "", "", "", "", "", "reference"]
-    numbers = ["" if value is None else f"{value:.1e}" for value in (outcome.loss, outcome.weight)]
+    if outcome.verdict in ("failed", "reference"):
+        return [*head, "", "", "", "", "", outcome.verdict]
+    loss, weight = ("" if value is None else f"{value:.1e}" for value in (outcome.loss, outcome.weight))
     same = ["equal" if yes else "DIFFERENT" for yes in (outcome.same_rates, outcome.same_metrics, outcome.same_samples)]
-    return [*head, *numbers, *same, "same" if outcome.equal else "DIFFERENT"]
+    return [*head, loss, weight if outcome.same_tensors else "other tensors", *same, outcome.verdict]
 
 
 @app.command("generate")

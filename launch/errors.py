@@ -61,6 +61,14 @@ class MemoryExhaustedError(LaunchError):
     exit_code = 9
 
 
+class StoppedError(LaunchError):
+    """Runs that the user or the system stopped."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C (SIGINT), as shells expect: 128 + 2."""
 

@@ -6,13 +6,15 @@ Each is a run like any other, in a folder of its own; the first is the one that 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launch import local
-from launch.errors import LaunchError
+from launch.errors import LaunchError, StoppedError
 from launch.plan import decide
 from launch.record import create_run_folder
 from launch.strategy import Strategy
@@ -24,6 +26,8 @@ WEIGHT = 1e-4
 METRIC = 1e-6
 """The same, relative, of what an evaluation computes from its loss."""
 
+NOTHING_TO_COMPARE_WITH = "not started: the reference failed, so there is nothing to compare with"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -32,77 +36,152 @@ class Outcome:
     strategy: Strategy
     world_size: int
     problem: str = ""
+    reference: bool = False
     loss: float | None = None
     """Largest difference of a training or validation loss."""
     weight: float | None = None
     """Largest difference of an exported weight."""
+    same_tensors: bool = True
+    """Whether weights of the same names and shapes were exported, or none by both."""
     same_rates: bool = True
     same_metrics: bool = True
     same_samples: bool = True
+    losses: Mapping[int, float] = field(default_factory=dict)
+    """Training loss by update."""
+    differences: Mapping[int, float] = field(default_factory=dict)
+    """Absolute difference of the training loss by update."""
+    seconds: float = 0.0
+
+    @property
+    def folder(self) -> str:
+        """Name of its run folder."""
+        return folder_name(self.strategy, self.world_size)
 
     @property
     def equal(self) -> bool:
-        """Whether this run is the first one, sharded differently."""
+        """Whether this run is the first one, sharded differently. Without a loss in common it is not."""
         return (
             not self.problem
-            and (self.loss or 0.0) <= LOSS
-            and (self.weight or 0.0) <= WEIGHT
+            and self.loss is not None
+            and self.loss <= LOSS
+            and (self.weight is None or self.weight <= WEIGHT)
+            and self.same_tensors
             and self.same_rates
             and self.same_metrics
             and self.same_samples
         )
 
+    @property
+    def verdict(self) -> Literal["reference", "same", "DIFFERENT", "failed"]:
+        """The last column of the table."""
+        if self.problem:
+            return "failed"
+        if self.reference:
+            return "reference"
+        return "same" if self.equal else "DIFFERENT"
+
+
+def folder_name(strategy: Strategy, world_size: int) -> str:
+    """What the folder of a run is called inside the one of the comparison."""
+    return f"{strategy}-{world_size}"
+
+
+def cases(strategies: list[Strategy], world_sizes: list[int]) -> list[tuple[Strategy, int]]:
+    """One process, then every strategy at every number of processes above one that was asked for."""
+    alone = [(Strategy.SINGLE, 1)] if 1 in world_sizes else []
+    return alone + [(strategy, size) for size in world_sizes if size > 1 for strategy in strategies]
+
 
 def compare(
     file: str,
     overrides: list[str],
-    strategies: list[Strategy],
-    world_sizes: list[int],
+    cases: list[tuple[Strategy, int]],
     folder: Path,
     said: Callable[[str], None],
 ) -> Iterator[Outcome]:
-    """Run one process, then every strategy at every number of processes above one that was asked for."""
-    cases = [(Strategy.SINGLE, 1)] if 1 in world_sizes else []
-    cases += [(strategy, size) for size in world_sizes if size > 1 for strategy in strategies]
-    first: Path | None = None
+    """Run the cases one after the other; the first is the reference, and without it no other is started.
+
+    Raises:
+        StoppedError: the user or the system stopped it; what was yielded until then is complete.
+    """
+    outcomes: list[Outcome] = []
     for strategy, size in cases:
-        own = folder / f"{strategy}-{size}"
-        said(f"{strategy} on {size} process{'es' if size > 1 else ''}")
-        stated = [*overrides, f"parallel.strategy={strategy}", f"parallel.devices={size}"]
-        try:
-            plan = decide(file, stated, own, World()).plan
-            ending = local.run(plan, create_run_folder(plan))
-        except LaunchError as error:
-            yield Outcome(strategy, size, str(error))
+        if outcomes and outcomes[0].problem:
+            yield Outcome(strategy, size, NOTHING_TO_COMPARE_WITH)
             continue
-        if ending.stopped:
-            return
-        if ending.exit_code:
-            yield Outcome(strategy, size, ending.message)
-            continue
-        if first is None:
-            first = own
-            yield Outcome(strategy, size)
+        said(_progress(strategy, size, len(cases), outcomes))
+        started = time.monotonic()
+        own = folder / folder_name(strategy, size)
+        problem = _run(file, overrides, strategy, size, own)
+        if problem:
+            outcome = Outcome(strategy, size, problem)
+        elif not outcomes:
+            outcome = Outcome(strategy, size, reference=True, losses=_training_losses(_records(own)))
         else:
-            yield _beside(strategy, size, own, first)
+            outcome = _beside(strategy, size, own, folder / outcomes[0].folder)
+        outcomes.append(replace(outcome, seconds=time.monotonic() - started))
+        yield outcomes[-1]
+    said(f"{len(outcomes)} cases in {duration(sum(outcome.seconds for outcome in outcomes))}")
+
+
+def _run(file: str, overrides: list[str], strategy: Strategy, size: int, folder: Path) -> str:
+    """Do one run; what went wrong, or nothing."""
+    stated = [*overrides, f"parallel.strategy={strategy}", f"parallel.devices={size}", "parallel.nodes=1"]
+    try:
+        plan = decide(file, stated, folder, World()).plan
+        ending = local.run(plan, create_run_folder(plan))
+    except LaunchError as error:
+        return str(error)
+    if ending.stopped:
+        raise StoppedError(ending.message, ending.exit_code)
+    return ending.message if ending.exit_code else ""
+
+
+def _progress(strategy: Strategy, size: int, total: int, before: list[Outcome]) -> str:
+    """Which case starts, and how long those that are left will take if they take as long as those that ran."""
+    head = f"{len(before) + 1}/{total}  {strategy} on {size} process{'es' if size > 1 else ''}"
+    took = [outcome.seconds for outcome in before if not outcome.problem]
+    if not took:
+        return head
+    each = sum(took) / len(took)
+    return f"{head}  ({duration(each)} a case, about {duration(each * (total - len(before)))} left)"
+
+
+def duration(seconds: float) -> str:
+    """A time as one would say it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _beside(strategy: Strategy, size: int, own: Path, first: Path) -> Outcome:
-    pairs = list(zip(_records(own), _records(first), strict=False))
-    losses = [abs(a["loss"] - b["loss"]) for a, b in pairs if "loss" in a and "loss" in b]
+    ours, theirs = _records(own), _records(first)
+    pairs = [(ours[key], theirs[key]) for key in theirs if key in ours]
+    losses, reference = _training_losses(ours), _training_losses(theirs)
+    weight, same_tensors = _weight_difference(own, first)
     return Outcome(
         strategy,
         size,
-        loss=max(losses, default=None),
-        weight=_weight_difference(own, first),
+        loss=_largest(abs(a["loss"] - b["loss"]) for a, b in pairs if "loss" in a and "loss" in b),
+        weight=weight,
+        same_tensors=same_tensors,
         same_rates=all(a.get("learning_rate") == b.get("learning_rate") for a, b in pairs),
         same_metrics=all(_same_metrics(a, b) for a, b in pairs if a["kind"] == "eval"),
-        same_samples=len(_records(own)) == len(_records(first)) and all(_cursor(a) == _cursor(b) for a, b in pairs),
+        same_samples=[_cursor(record) for record in ours.values()] == [_cursor(record) for record in theirs.values()],
+        losses=losses,
+        differences={update: abs(losses[update] - loss) for update, loss in reference.items() if update in losses},
     )
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def _records(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """What a run recorded, by kind and update, in its order."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {(record["kind"], record["update"]): record for record in map(json.loads, lines)}
+
+
+def _training_losses(records: Mapping[tuple[str, int], dict[str, Any]]) -> dict[int, float]:
+    return {update: record["loss"] for (kind, update), record in records.items() if kind == "train"}
 
 
 def _cursor(record: dict[str, Any]) -> list[Any]:
@@ -112,19 +191,25 @@ def _cursor(record: dict[str, Any]) -> list[Any]:
 
 def _same_metrics(record: dict[str, Any], other: dict[str, Any]) -> bool:
     names = set(other) - {"kind", "update", "samples", "targets", "time", "loss"}
-    return all(abs(record[name] - other[name]) <= METRIC * abs(other[name]) for name in names)
+    return all(name in record and abs(record[name] - other[name]) <= METRIC * abs(other[name]) for name in names)
 
 
-def _weight_difference(own: Path, first: Path) -> float | None:
-    """Over all exported weights; None where nothing was exported."""
+def _weight_difference(own: Path, first: Path) -> tuple[float | None, bool]:
+    """Over all exported weights, and whether they are the same tensors; None where there are none in common."""
     from safetensors.numpy import load_file
 
-    files = sorted(path.name for path in (first / "export").glob("*.safetensors"))
-    largest: float | None = None
-    for name in files:
+    names, other_names = ({path.name for path in (run / "export").glob("*.safetensors")} for run in (own, first))
+    if names != other_names:
+        return None, False
+    differences: list[float] = []
+    for name in sorted(names):
         ours, theirs = load_file(own / "export" / name), load_file(first / "export" / name)
-        if set(ours) != set(theirs):
-            return float("inf")
-        differences = [float(abs(ours[key] - theirs[key]).max()) for key in theirs if theirs[key].size]
-        largest = max([largest or 0.0, *differences])
-    return largest
+        if {key: value.shape for key, value in ours.items()} != {key: value.shape for key, value in theirs.items()}:
+            return None, False
+        differences += [float(abs(ours[key] - theirs[key]).max()) for key in theirs if theirs[key].size]
+    return _largest(differences), True
+
+
+def _largest(differences: Iterable[float]) -> float | None:
+    """Infinite where one is not a number: `max` would pass over it."""
+    return max((math.inf if math.isnan(value) else value for value in differences), default=None)

@@ -108,8 +108,8 @@ class Decided:
     recipe: Recipe
 
 
-def decide(file: str, overrides: list[str], out: Path | None, world: World) -> Decided:
-    """From a run file (or the name of a shipped one) and overrides to a plan for this machine.
+def decide(file: str, overrides: list[str], out: Path | None, world: World, machine: Machine | None = None) -> Decided:
+    """From a run file (or the name of a shipped one) and overrides to a plan for this machine, or for another.
 
     Raises:
         LaunchError: the run cannot be; nothing was started or written.
@@ -120,7 +120,7 @@ def decide(file: str, overrides: list[str], out: Path | None, world: World) -> D
     cache = Cache(cache_folder())
     preview = recipe.preview(RecipeContext(cache, loaded.config.train.seed))
     folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
-    machine = read_machine()
+    machine = machine or read_machine()
     plan = make_plan(loaded, machine, world, preview, folder)
     if plan.batch.candidates and (fits := recall(cache, question(plan))):
         plan = make_plan(loaded, machine, world, preview, folder, fits)

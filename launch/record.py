@@ -46,17 +46,26 @@ def create_run_folder(plan: Plan) -> Path:
     """
     folder = Path(plan.run_folder)
     try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise RunFolderError(f"{folder}: is not empty, and a run is never overwritten; choose another --out")
+        refuse_results(folder)
         (folder / "logs").mkdir(parents=True)
         (folder / "run.yaml").write_text(dump_yaml(plan.config), encoding="utf-8")
         if plan.deepspeed is not None:
             write_json(folder / "deepspeed.json", plan.deepspeed)
         (folder / "accelerate.yaml").write_text(accelerate_yaml(plan), encoding="utf-8")
-        write_json(folder / "plan.json", {"plan": as_json(plan), **_surroundings()})
+        write_json(folder / "plan.json", {"plan": as_json(plan), **surroundings()})
     except OSError as error:
         raise RunFolderError(f"{folder}: the run folder cannot be written: {error.strerror or error}") from None
     return folder
+
+
+def refuse_results(folder: Path) -> None:
+    """See that a folder for results holds none yet.
+
+    Raises:
+        RunFolderError: there is something in it.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RunFolderError(f"{folder}: is not empty, and a run is never overwritten; choose another --out")
 
 
 def read_plan(folder: Path) -> Plan:
@@ -114,7 +123,8 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _surroundings() -> dict[str, Any]:
+def surroundings() -> dict[str, Any]:
+    """Where and with what a command runs: versions, git commit, arguments and environment without secrets."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),

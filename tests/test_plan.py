@@ -435,8 +435,8 @@ def test_what_is_switched_on_is_told() -> None:
         (
             ("train.precision=fp16",),
             TopologyError,
-            "command line: train.precision = fp16: needs a GPU, and this run is on the CPU; use train.precision=bf16 or "
-            "train.precision=fp32",
+            "command line: train.precision = fp16: needs a GPU, and this run is on the CPU; use train.precision=bf16 "
+            "or train.precision=fp32",
         ),
         (
             ("train.optimizer=adafactor", "parallel.strategy=zero2", "parallel.devices=2"),
