@@ -40,6 +40,10 @@ class Section(BaseModel):
     """What messages call a file of these keys."""
 
 
+ABSENT: Any = None
+"""The default of a key that may be left out, but not be null, where only the check of it matters."""
+
+
 class TrainSection(Section):
     """How the weights are updated."""
 
