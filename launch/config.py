@@ -352,7 +352,7 @@ def _message(
     if details["type"] == "missing":
         place = place_of(layer, keys)
         return f"{layer.source if place == DEFAULT else place}: {dotted}: ", "must be set"
-    head = f"{place_of(layer, keys)}: {dotted} = {shown(details['input'])}: "
+    head = f"{place_of(layer, keys)}: {dotted} = {shown(_stated(layer, keys, details['input']))}: "
     if details["type"] == "extra_forbidden":
         return head, _unknown_key(model, location, start, root)
     if details["type"] in _TYPE_NAMES:
@@ -360,6 +360,16 @@ def _message(
     text = details["msg"].removeprefix("Value error, ")
     text = re.sub(r"^Input should be ", "must be ", text)
     return head, text[:1].lower() + text[1:]
+
+
+def _stated(layer: Layer, keys: tuple[str, ...], otherwise: Any) -> Any:
+    """The value as it was written, where a check has changed it (to another case) before it failed."""
+    value: Any = layer.values
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            return otherwise
+        value = value[key]
+    return value
 
 
 def _quoting_hint(details: ErrorDetails) -> str:
@@ -390,11 +400,11 @@ def _field(model: type[BaseModel], keys: list[str]) -> type[BaseModel] | None:
     for key in keys:
         if current is None or key not in current.model_fields:
             return None
-        current = _section_of(current.model_fields[key].annotation)
+        current = section_of(current.model_fields[key].annotation)
     return current
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section that a key of this type is; one that may be null too is one."""
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     sections = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
@@ -460,7 +470,7 @@ def describe(model: type[BaseModel], prefix: str = "") -> list[Key]:
     keys: list[Key] = []
     for name, info in model.model_fields.items():
         dotted = f"{prefix}{name}"
-        section = _section_of(info.annotation)
+        section = section_of(info.annotation)
         if section:
             keys += describe(section, f"{dotted}.")
             continue
@@ -491,7 +501,7 @@ def _names(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted names of every section and key."""
     names: list[str] = []
     for name, info in model.model_fields.items():
-        section = _section_of(info.annotation)
+        section = section_of(info.annotation)
         names += [f"{prefix}{name}", *(_names(section, f"{prefix}{name}.") if section else ())]
     return names
 

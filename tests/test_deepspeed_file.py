@@ -32,6 +32,7 @@ from launch.deepspeed_file import (
 )
 from launch.errors import ConfigError
 from launch.strategy import Strategy, deepspeed_config
+from tests.mutations import Mutations, paths_of, typos, with_change, wrong_types
 
 RICH = Path(__file__).parent / "data/deepspeed_rich.json"
 
@@ -280,75 +281,19 @@ def test_other_names_are_one_name_afterwards(tmp_path: Path) -> None:
 # --- mutations -------------------------------------------------------------------------------------------
 
 RICH_VALUES: dict[str, Any] = json.loads(RICH.read_text(encoding="utf-8"))
-Path_ = tuple[str, ...]
 
 
-def paths(values: dict[str, Any], around: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
-    for name, value in values.items():
-        yield (*around, name), value
-        if isinstance(value, dict) and name != "data_sampling":  # free-form
-            yield from paths(value, (*around, name))
+def mutations(folder: Path) -> Mutations:
+    return Mutations(
+        read_deepspeed_file,
+        folder / "mine.json",
+        dump=lambda values: json.dumps(values, indent=1),
+        start=lambda depth, name: " " * depth + json.dumps(name) + ":",
+    )
 
 
-def with_change(values: dict[str, Any], path: Path_, name: str, value: Any) -> dict[str, Any]:
-    """The same, in the same order, with another name and value where `path` leads."""
-    first, *rest = path
-    return {
-        (name if key == first and not rest else key): (
-            inner if key != first else with_change(inner, tuple(rest), name, value) if rest else value
-        )
-        for key, inner in values.items()
-    }
-
-
-def line_of(text: str, path: Path_) -> int:
-    """The line of a key in JSON written with an indent of 1: the first at its depth behind that of its section."""
-    lines, line = text.splitlines(), 0
-    for depth, name in enumerate(path, start=1):
-        start = " " * depth + json.dumps(name) + ":"
-        line = next(number for number in range(line, len(lines)) if lines[number].startswith(start))
-    return line + 1
-
-
-def typos(name: str) -> Iterator[str]:
-    """A letter left out and two letters swapped, at three places each."""
-    for i in {0, len(name) // 2, len(name) - 1}:
-        yield name[:i] + name[i + 1 :]
-    for i in {0, len(name) // 2, len(name) - 2}:
-        yield name[:i] + name[i + 1] + name[i] + name[i + 2 :]
-
-
-def wrong_types(value: Any) -> list[Any]:
-    if isinstance(value, bool):
-        return ["maybe", [True], 3]
-    if isinstance(value, int | float):
-        return [str(value), [value], True]
-    if value == "auto":
-        return ["automatic", {"auto": True}]
-    if isinstance(value, str):
-        return [7, ["a"], False]
-    return [3, True] if isinstance(value, list | dict) else []
-
-
-class Mutations:
-    """Counts what is said about files with one mistake each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path, self.tried, self.unnoticed, self.right = folder / "mine.json", 0, [], 0
-
-    def try_one(self, values: dict[str, Any], at: Path_, meant: str | None = None) -> None:
-        text = json.dumps(values, indent=1)
-        self.path.write_text(text, encoding="utf-8")
-        self.tried += 1
-        try:
-            read_deepspeed_file(self.path)
-        except ConfigError as error:
-            said = str(error).splitlines()
-            start = f"{self.path}:{line_of(text, at)}: {'.'.join(at)}"
-            if len(said) == 1 and said[0].startswith(start):
-                self.right += meant is not None and said[0].endswith(f"did you mean {meant}?")
-                return
-        self.unnoticed.append(at)
+def paths(values: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield from (found for found in paths_of(values) if "data_sampling" not in found[0][:-1])  # free-form
 
 
 def test_the_rich_file_is_right() -> None:
@@ -356,28 +301,28 @@ def test_the_rich_file_is_right() -> None:
 
 
 def test_no_typo_gets_through(tmp_path: Path) -> None:
-    mutations = Mutations(tmp_path)
+    tried = mutations(tmp_path)
     for path, value in paths(RICH_VALUES):
         siblings = {other.rpartition(".")[2] for other in OURS if other.rpartition(".")[0] == ".".join(path[:-1])}
         for typo in set(typos(path[-1])) - siblings:
             at = (*path[:-1], typo)
-            mutations.try_one(with_change(RICH_VALUES, path, typo, value), at, ".".join(path))
-    assert mutations.unnoticed == []
-    assert mutations.tried > 900
-    assert mutations.right / mutations.tried >= 0.98
+            tried.try_one(with_change(RICH_VALUES, path, typo, value), at, ".".join(path))
+    assert tried.unnoticed == []
+    assert tried.tried > 900
+    assert tried.right / tried.tried >= 0.98
 
 
 def test_no_wrong_type_gets_through(tmp_path: Path) -> None:
-    mutations = Mutations(tmp_path)
+    tried = mutations(tmp_path)
     for path, value in paths(RICH_VALUES):
         for wrong in wrong_types(value):
-            mutations.try_one(with_change(RICH_VALUES, path, path[-1], wrong), path)
-    assert mutations.unnoticed == []
-    assert mutations.tried > 450
+            tried.try_one(with_change(RICH_VALUES, path, path[-1], wrong), path)
+    assert tried.unnoticed == []
+    assert tried.tried > 450
 
 
 def test_no_key_in_a_wrong_section_gets_through(tmp_path: Path) -> None:
-    mutations = Mutations(tmp_path)
+    tried = mutations(tmp_path)
     for path, value in paths(RICH_VALUES):
         for section in ((), ("aio",), ("zero_optimization", "offload_param")):
             at = (*section, path[-1])
@@ -387,9 +332,9 @@ def test_no_key_in_a_wrong_section_gets_through(tmp_path: Path) -> None:
                 for name in section:
                     within = within[name]
                 within[path[-1]] = value
-                mutations.try_one(rest, at)
-    assert mutations.unnoticed == []
-    assert mutations.tried > 350
+                tried.try_one(rest, at)
+    assert tried.unnoticed == []
+    assert tried.tried > 350
 
 
 # --- what it means ---------------------------------------------------------------------------------------
@@ -500,6 +445,19 @@ def line_path(content: Any) -> list[str]:
     return [key for name, inner in content.items() for key in (name, *line_path(inner))] if content and isinstance(
         content, dict
     ) else []  # fmt: skip
+
+
+def test_the_rest_of_a_hugging_face_file_is_read_and_refused(tmp_path: Path) -> None:
+    rest = {
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto"}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}},
+    }
+    with pytest.raises(ConfigError) as caught:
+        completed(tmp_path, {**HUGGING_FACE_ZERO2, "zero_optimization": {"stage": 2}, **rest})
+    assert [line.rpartition("; ")[2] for line in str(caught.value).splitlines()] == [
+        "leave optimizer out",
+        "leave scheduler out",
+    ]
 
 
 def test_contradictions_are_told_all_at_once(tmp_path: Path) -> None:
