@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
@@ -35,6 +35,13 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    file: ClassVar[str] = "a run file"
+    """What messages call a file of these keys."""
+
+
+ABSENT: Any = None
+"""The default of a key that may be left out, but not be null, where only the check of it matters."""
 
 
 class TrainSection(Section):
@@ -182,7 +189,7 @@ class Loaded:
 
     def place(self, key: str) -> str:
         """Where `key` was stated, or the nearest section above it; "default" where nowhere."""
-        return _place(self.layer, tuple(key.split(".")))
+        return place_of(self.layer, tuple(key.split(".")))
 
     def origin(self, key: str) -> str:
         """Where the value of `key` comes from: "default" unless the key itself was stated."""
@@ -201,9 +208,7 @@ def load(run_file: Path | None, overrides: list[str]) -> Loaded:
     """
     layer = read_run_file(run_file) if run_file else Layer()
     layer = merge(layer, read_overrides(overrides), EXCLUSIVE)
-    refused = [*_secrets(layer.values, layer), *_unrecordable(layer.values, layer)]
-    if refused:
-        raise ConfigError("\n".join(refused))
+    refuse_unrecordable(layer)
     config = validate(RunConfig, _with_default_length(layer.values), layer)
     if config.recipe.endswith(".py"):
         stated_in_file = run_file is not None and layer.places["recipe"] != COMMAND_LINE
@@ -224,12 +229,23 @@ def _with_default_length(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "train": {**train, "epochs": 1.0}}
 
 
+def refuse_unrecordable(layer: Layer) -> None:
+    """See that a record of this can be kept: no secrets, and nothing that JSON cannot hold.
+
+    Raises:
+        ConfigError: one line per value that cannot be.
+    """
+    refused = [*_secrets(layer.values, layer), *_unrecordable(layer.values, layer)]
+    if refused:
+        raise ConfigError("\n".join(refused))
+
+
 def _secrets(values: Any, layer: Layer, keys: tuple[str, ...] = ()) -> Iterator[str]:
     """One line per value that looks like a secret; the value is never shown."""
     named = bool(keys) and is_secret_key(keys[-1]) and values not in (None, "", [], {})
     if named or (isinstance(values, str) and is_secret_value(values)):
         yield (
-            f"{_place(layer, keys)}: {'.'.join(keys)}: looks like a secret (value not shown); a run file and a "
+            f"{place_of(layer, keys)}: {'.'.join(keys)}: looks like a secret (value not shown); a run file and a "
             "command line are recorded, so put it into the environment instead (HF_TOKEN, WANDB_API_KEY, …)"
         )
     elif isinstance(values, dict):
@@ -242,7 +258,7 @@ def _secrets(values: Any, layer: Layer, keys: tuple[str, ...] = ()) -> Iterator[
 
 def _unrecordable(values: Any, layer: Layer, keys: tuple[str, ...] = ()) -> Iterator[str]:
     """One line per value that JSON and a log cannot hold."""
-    head = f"{_place(layer, keys)}: {'.'.join(keys)} = {_shown(values)}: "
+    head = f"{place_of(layer, keys)}: {'.'.join(keys)} = {shown(values)}: "
     if isinstance(values, float) and not math.isfinite(values):
         yield head + "must be a finite number"
     elif isinstance(values, str) and not _is_unicode(values):
@@ -266,8 +282,8 @@ def _impossible_combinations(loaded: Loaded) -> Iterator[str]:
         values = [getattr(train, key.removeprefix("train.")) for key in (first, second)]
         if None not in values:
             yield (
-                f"{loaded.place(second)}: {second} = {_shown(values[1])}: excludes {first} = "
-                f"{_shown(values[0])} ({loaded.place(first)}); state one of the two"
+                f"{loaded.place(second)}: {second} = {shown(values[1])}: excludes {first} = "
+                f"{shown(values[0])} ({loaded.place(first)}); state one of the two"
             )
     if train.early_stopping_patience and not loaded.config.eval.every_steps:
         key = "train.early_stopping_patience"
@@ -301,8 +317,10 @@ def _impossible_combinations(loaded: Loaded) -> Iterator[str]:
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def validate(model: type[Model], values: dict[str, Any], layer: Layer, prefix: str = "") -> Model:
-    """Build `model` from `values`; `prefix` is the dotted key under which they stand in the run file.
+def validate(
+    model: type[Model], values: dict[str, Any], layer: Layer, prefix: str = "", root: type[Section] = RunConfig
+) -> Model:
+    """Build `model` from `values`; `prefix` is the dotted key under which they stand in a file of `root`.
 
     Raises:
         ConfigError: one line per problem.
@@ -315,7 +333,7 @@ def validate(model: type[Model], values: dict[str, Any], layer: Layer, prefix: s
         # One line per key: a union of kinds reports each kind it is not.
         lines: dict[str, list[str]] = {}
         for details in error.errors():
-            head, rule = _message(model, details, layer, start)
+            head, rule = _message(model, details, layer, start, root)
             if rule not in lines.setdefault(head, []):
                 lines[head].append(rule)
         raise ConfigError("\n".join(head + " or ".join(rules) for head, rules in lines.items())) from None
@@ -335,17 +353,19 @@ _TYPE_NAMES = {
 }
 
 
-def _message(model: type[BaseModel], details: ErrorDetails, layer: Layer, start: tuple[str, ...]) -> tuple[str, str]:
+def _message(
+    model: type[BaseModel], details: ErrorDetails, layer: Layer, start: tuple[str, ...], root: type[Section]
+) -> tuple[str, str]:
     """`("place: key = value: ", "the rule that it breaks")`."""
     location = _without_union_tags(model, details["loc"])
     keys = (*start, *location)
     dotted = ".".join(keys)
     if details["type"] == "missing":
-        place = _place(layer, keys)
+        place = place_of(layer, keys)
         return f"{layer.source if place == DEFAULT else place}: {dotted}: ", "must be set"
-    head = f"{_place(layer, keys)}: {dotted} = {_shown(details['input'])}: "
+    head = f"{place_of(layer, keys)}: {dotted} = {shown(_stated(layer, keys, details['input']))}: "
     if details["type"] == "extra_forbidden":
-        return head, _unknown_key(model, location, start)
+        return head, _unknown_key(model, location, start, root)
     if details["type"] in _TYPE_NAMES:
         return head, f"must be {_TYPE_NAMES[details['type']]}" + _quoting_hint(details)
     text = details["msg"].removeprefix("Value error, ")
@@ -353,10 +373,20 @@ def _message(model: type[BaseModel], details: ErrorDetails, layer: Layer, start:
     return head, text[:1].lower() + text[1:]
 
 
+def _stated(layer: Layer, keys: tuple[str, ...], otherwise: Any) -> Any:
+    """The value as it was written, where a check has changed it (to another case) before it failed."""
+    value: Any = layer.values
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            return otherwise
+        value = value[key]
+    return value
+
+
 def _quoting_hint(details: ErrorDetails) -> str:
     got = details["input"]
     if details["type"] == "string_type" and isinstance(got, (int, float, bool)):
-        return f"; quote it to keep it text: '\"{_shown(got)}\"'"
+        return f"; quote it to keep it text: '\"{shown(got)}\"'"
     if isinstance(got, str) and details["type"] in ("int_type", "float_type", "bool_type"):
         return ", not text; remove the quotes" if re.fullmatch(r"[-+.\deE]+|true|false", got) else ", got text"
     return ""
@@ -366,32 +396,40 @@ def _without_union_tags(model: type[BaseModel], location: tuple[int | str, ...])
     """Pydantic adds a member's name (`int`, `literal[…]`) behind a field that is a union: leave it out."""
     keys: list[str] = []
     for part in location:
-        if keys and isinstance(part, str) and re.match(r"(literal|int|str|float|bool|list|tuple|function-)", part):
-            field = _field(model, keys)
-            if not (isinstance(field, type) and part in field.model_fields):
-                continue
+        if keys and isinstance(part, str) and _UNION_TAG.match(part) and _field(model, keys) is None:
+            continue
         keys.append(str(part))
     return tuple(keys)
 
 
+_UNION_TAG = re.compile(r"(constrained-)?(literal|int|str|float|bool|list|dict|tuple|function-)")
+
+
 def _field(model: type[BaseModel], keys: list[str]) -> type[BaseModel] | None:
     """The section that `keys` lead to, or None where they lead to a plain value."""
-    current: Any = model
+    current: type[BaseModel] | None = model
     for key in keys:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)) or key not in current.model_fields:
+        if current is None or key not in current.model_fields:
             return None
-        current = current.model_fields[key].annotation
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+        current = section_of(current.model_fields[key].annotation)
+    return current
 
 
-def _unknown_key(model: type[BaseModel], location: tuple[str, ...], start: tuple[str, ...]) -> str:
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key of this type is; one that may be null too is one."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    sections = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+    return sections[0] if sections else None
+
+
+def _unknown_key(model: type[BaseModel], location: tuple[str, ...], start: tuple[str, ...], root: type[Section]) -> str:
     section = _field(model, list(location[:-1])) or model
     siblings = [".".join((*start, *location[:-1], name)) for name in section.model_fields]
     key = ".".join((*start, *location))
-    right = nearest_key(key, siblings, all_keys())
+    right = nearest_key(key, siblings, _names(root))
     if right:
         return f"unknown key; did you mean {right}?"
-    where = ".".join((*start, *location[:-1])) or "a run file"
+    where = ".".join((*start, *location[:-1])) or root.file
     names = ", ".join(section.model_fields)
     return f"unknown key; {where} has {names}" if names else f"unknown key; {where} has no keys yet"
 
@@ -406,11 +444,12 @@ def nearest_key(key: str, siblings: list[str], everywhere: list[str]) -> str | N
     elsewhere = [other for other in everywhere if other.rpartition(".")[2] == name]
     if elsewhere:
         return elsewhere[0]
-    close = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.75)
+    as_deep = [other for other in everywhere if other.count(".") >= key.count(".")]
+    close = difflib.get_close_matches(key, as_deep, n=1, cutoff=0.75)
     return close[0] if close else None
 
 
-def _place(layer: Layer, keys: tuple[str, ...]) -> str:
+def place_of(layer: Layer, keys: tuple[str, ...]) -> str:
     """Where a key is stated; else a key within it; else the nearest section around it; else "default"."""
     dotted = ".".join(keys)
     within = (place for key, place in layer.places.items() if key.startswith(f"{dotted}."))
@@ -418,7 +457,7 @@ def _place(layer: Layer, keys: tuple[str, ...]) -> str:
     return layer.places.get(dotted) or next(within, None) or next(filter(None, around), DEFAULT)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as it would be written in a run file, cut to a readable length."""
     text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "…"
@@ -442,10 +481,11 @@ def describe(model: type[BaseModel], prefix: str = "") -> list[Key]:
     keys: list[Key] = []
     for name, info in model.model_fields.items():
         dotted = f"{prefix}{name}"
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            keys += describe(info.annotation, f"{dotted}.")
+        section = section_of(info.annotation)
+        if section:
+            keys += describe(section, f"{dotted}.")
             continue
-        default = "required" if info.is_required() else _shown(info.get_default(call_default_factory=True))
+        default = "required" if info.is_required() else shown(info.get_default(call_default_factory=True))
         keys.append(Key(dotted, _kind(info.annotation), default, info.description or ""))
     return keys
 
@@ -466,6 +506,15 @@ def _kind(annotation: Any) -> str:
     ):
         plain = re.sub(rf"\b{python}\b", word, plain)
     return plain
+
+
+def _names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of every section and key."""
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        section = section_of(info.annotation)
+        names += [f"{prefix}{name}", *(_names(section, f"{prefix}{name}.") if section else ())]
+    return names
 
 
 def all_keys() -> list[str]:

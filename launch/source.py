@@ -1,11 +1,13 @@
 """Reads run files and `section.key=value` overrides, remembers where each value came from, and writes run files.
 
-Knows nothing of what the keys mean. YAML is read by the rules of YAML 1.2: `1e-3` is a number and `off`, `no`
-and `on` are text (PyYAML's default is YAML 1.1, where `1e-3` is text and `off` is false).
+Knows nothing of what the keys mean. Run files are YAML by the rules of YAML 1.2: `1e-3` is a number and `off`, `no`
+and `on` are text (PyYAML's default is YAML 1.1, where `1e-3` is text and `off` is false). Files of other programs
+are read as those programs read them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -66,20 +68,96 @@ def read_run_file(path: Path) -> Layer:
         ConfigError: the file is missing, not YAML, not a mapping, states a key twice, or holds what a
             configuration cannot (dates, binary data, a value within itself).
     """
+    return _read_yaml_file(path, "a run file", "it needs at least `recipe: <name>`", _Loader)
+
+
+def read_yaml_1_1_file(path: Path, kind: str, needs: str) -> Layer:
+    """The same by the rules of YAML 1.1, in which `yes`, `on`, `no` and `off` are true and false.
+
+    `kind` is what messages call the file (`a run file`), `needs` what an empty one lacks.
+    """
+    return _read_yaml_file(path, kind, needs, yaml.SafeLoader)
+
+
+def _read_yaml_file(path: Path, kind: str, needs: str, loader: type[yaml.SafeLoader]) -> Layer:
+    text = _read_text(path, kind)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such run file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a run file: {error}") from None
-    try:
-        values, lines = _read_yaml(text)
+        values, lines = _read_yaml(text, loader)
     except _NotPlainData as error:
         raise ConfigError(f"{path}:{error.line}: {error}") from None
     if values is _NOTHING:
-        raise ConfigError(f"{path}: empty run file; it needs at least `recipe: <name>`")
+        raise ConfigError(f"{path}: empty {_noun(kind)}; {needs}")
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}:1: a run file is a mapping of `section:` entries")
+        raise ConfigError(f"{path}:1: {kind} is a mapping of `section:` entries")
+    return _layer(path, values, lines)
+
+
+def read_json_file(path: Path, kind: str) -> Layer:
+    """Read one JSON object; `kind` is what messages call the file (`a DeepSpeed file`).
+
+    Raises:
+        ConfigError: the file is missing, not JSON, not an object, or states a key twice.
+    """
+    text = _read_text(path, kind)
+    try:
+        values = json.loads(text)
+        lines = _json_lines(text)
+    except json.JSONDecodeError as error:
+        problem = error.msg[:1].lower() + error.msg[1:]
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {problem} (column {error.colno})") from None
+    except _NotPlainData as error:
+        raise ConfigError(f"{path}:{error.line}: {error}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a nesting of thousands of levels
+        raise ConfigError(f"{path}: not JSON that can be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f'{path}:1: {kind} is one JSON object: {{"key": value, …}}')
+    return _layer(path, values, lines)
+
+
+_JSON_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}\[\]]')
+"""What matters for the place of a key: texts, which are keys where a colon follows, and brackets."""
+
+
+def _json_lines(text: str) -> dict[str, int]:
+    """The line of each dotted key that objects alone lead to, of a text that is valid JSON.
+
+    Raises:
+        _NotPlainData: a key is stated twice.
+    """
+    lines: dict[str, int] = {}
+    around: list[tuple[str, ...] | None] = []  # for each open bracket the keys that lead to it; None within a list
+    keys: tuple[str, ...] | None = ()
+    for token in _JSON_TOKEN.finditer(text):
+        if token[2]:
+            line = text.count("\n", 0, token.start()) + 1
+            keys = (*around[-1], json.loads(token[1])) if around[-1] is not None else None
+            dotted = ".".join(keys or ())
+            if dotted in lines:
+                raise _NotPlainData(f"{dotted} is stated twice (first in line {lines[dotted]}); keep one", line)
+            if keys is not None:
+                lines[dotted] = line
+        elif token[0] in ("{", "["):
+            within_list = bool(around) and around[-1] is None
+            around.append(None if token[0] == "[" or within_list else keys)
+        elif token[0] in ("}", "]"):
+            around.pop()
+    return lines
+
+
+def _read_text(path: Path, kind: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such {_noun(kind)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as {kind}: {error}") from None
+
+
+def _noun(kind: str) -> str:
+    return kind.partition(" ")[2]
+
+
+def _layer(path: Path, values: dict[str, Any], lines: dict[str, int]) -> Layer:
     return Layer(values, {key: f"{path}:{line}" for key, line in lines.items()}, str(path))
 
 
@@ -144,14 +222,14 @@ _NOTHING = object()
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
-def _read_yaml(text: str) -> tuple[Any, dict[str, int]]:
+def _read_yaml(text: str, kind: type[yaml.SafeLoader] = _Loader) -> tuple[Any, dict[str, int]]:
     """The one document of a text as plain data (`_NOTHING` where there is none), and the line of each dotted key.
 
     Raises:
         _NotPlainData: with the line, counted from 1.
     """
     try:
-        loader = _Loader(text)
+        loader = kind(text)
         try:
             root = loader.get_single_node()
             if root is None:

@@ -56,13 +56,19 @@ class Strategy(StrEnum):
         return self.kind in ("fsdp2", "zero")
 
 
-def zero_strategy(stage: int, offload: bool) -> Strategy:
-    """The strategy of a ZeRO stage.
+def strategy_with_offload(stage: int, optimizer_on: str, weights_on: str) -> Strategy | None:
+    """The strategy of a ZeRO stage with its optimizer and its weights on these devices (none, cpu, nvme), if any."""
+    for strategy in Strategy:
+        offloads = ("cpu" if strategy.offload else "none", "cpu" if strategy.offload and stage == 3 else "none")
+        if strategy.kind == "zero" and strategy.stage == stage and offloads == (optimizer_on, weights_on):
+            return strategy
+    return None
 
-    Raises:
-        ValueError: there is none.
-    """
-    return Strategy(f"zero{stage}{'_offload' if offload else ''}")
+
+ZERO_STRATEGIES = (
+    "zero1, zero2, zero3, zero2_offload (the optimizer on the CPU) and zero3_offload (optimizer and weights on the CPU)"
+)
+"""What there is, for messages."""
 
 
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -43,6 +43,8 @@ REFUSED = [
     ("train.micro_batch=3", "train.micro_batch = 3: unknown key; did you mean train.micro_batch_size?"),
     ("train.every_steps=3", "train.every_steps = 3: unknown key; did you mean eval.every_steps?"),
     ("eval.seed=3", "eval.seed = 3: unknown key; did you mean train.seed?"),
+    ("parallel.strategi=x", 'parallel.strategi = "x": unknown key; did you mean parallel.strategy?'),
+    ("save.eval=3", "save.eval = 3: unknown key; did you mean eval?"),
     ("max_steps=3", "max_steps = 3: unknown key; did you mean train.max_steps?"),
     ("trains=3", "trains = 3: unknown key; did you mean train?"),
     ("trains.seed=3", 'trains = {"seed": 3}: unknown key; did you mean train?'),
