@@ -148,6 +148,10 @@ class ParallelSection(Section):
     """Devices per node, one process each; auto: all GPUs, or one process on CPU."""
     nodes: int = Field(1, ge=1)
     """Number of machines."""
+    accelerate_config: str | None = None
+    """Your own configuration of `accelerate launch`, checked and taken over; null: none is needed."""
+    deepspeed_config: str | None = None
+    """Your own DeepSpeed JSON, checked, completed from this run file and passed on; null: none is needed."""
     data_workers: int = Field(0, ge=0)
     """Processes per rank that load and collate batches; 0: the rank does it itself."""
 
@@ -195,6 +199,12 @@ class Loaded:
         """Where the value of `key` comes from: "default" unless the key itself was stated."""
         return self.layer.places.get(key, DEFAULT)
 
+    def with_parallel(self, name: str, value: Any, place: str) -> Loaded:
+        """The same, with a value of the section `parallel` that another file states."""
+        parallel = self.config.parallel.model_copy(update={name: value})
+        layer = replace(self.layer, places={**self.layer.places, f"parallel.{name}": place})
+        return replace(self, config=self.config.model_copy(update={"parallel": parallel}), layer=layer)
+
     def with_recipe_args(self, recipe_args: dict[str, JsonValue]) -> Loaded:
         """The same, with the arguments of the recipe resolved: defaults filled in, paths absolute."""
         return replace(self, config=self.config.model_copy(update={"recipe_args": recipe_args}))
@@ -210,15 +220,30 @@ def load(run_file: Path | None, overrides: list[str]) -> Loaded:
     layer = merge(layer, read_overrides(overrides), EXCLUSIVE)
     refuse_unrecordable(layer)
     config = validate(RunConfig, _with_default_length(layer.values), layer)
-    if config.recipe.endswith(".py"):
-        stated_in_file = run_file is not None and layer.places["recipe"] != COMMAND_LINE
-        folder = run_file.parent if run_file is not None and stated_in_file else Path()
-        config = config.model_copy(update={"recipe": str((folder / config.recipe).absolute())})
-    loaded = Loaded(config, layer, run_file)
+    loaded = _with_absolute_paths(Loaded(config, layer, run_file))
     problems = list(_impossible_combinations(loaded))
     if problems:
         raise ConfigError("\n".join(problems))
     return loaded
+
+
+def _with_absolute_paths(loaded: Loaded) -> Loaded:
+    """Files named in a run file are looked for beside it, those named on the command line where the user stands."""
+
+    def absolute(key: str, path: str) -> str:
+        beside = loaded.run_file is not None and loaded.layer.places.get(key) != COMMAND_LINE
+        return str(((loaded.run_file.parent if beside and loaded.run_file else Path()) / path).absolute())
+
+    config, parallel = loaded.config, loaded.config.parallel
+    files = {
+        name: absolute(f"parallel.{name}", path)
+        for name in ("accelerate_config", "deepspeed_config")
+        if (path := getattr(parallel, name))
+    }
+    update: dict[str, Any] = {"parallel": parallel.model_copy(update=files)} if files else {}
+    if config.recipe.endswith(".py"):
+        update["recipe"] = absolute("recipe", config.recipe)
+    return replace(loaded, config=config.model_copy(update=update))
 
 
 def _with_default_length(values: dict[str, Any]) -> dict[str, Any]:

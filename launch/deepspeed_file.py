@@ -668,8 +668,7 @@ def strategy_of_deepspeed(layer: Layer) -> Strategy | None:
 
 
 _REFUSED = {
-    "optimizer": "shoal builds the optimizer (AdamW); use train.learning_rate, train.weight_decay, train.adam_beta1, "
-    "train.adam_beta2 and train.adam_epsilon",
+    "optimizer": "shoal builds the optimizer; use train.optimizer, train.learning_rate, train.weight_decay",
     "scheduler": "shoal sets the learning rate of every update; use train.schedule, and train.warmup_steps or "
     "train.warmup_ratio",
     "wandb": "shoal records the run; use track.wandb and track.project",
@@ -683,12 +682,11 @@ _REFUSED = {
     "hybrid_engine": "shoal trains without generating",
     "weight_quantization": "shoal trains the weights as they are; use train.precision",
     "datastates_ckpt": "shoal writes the checkpoints; use save.every_steps",
-    f"{_ZERO}.zenflow": "it needs an optimizer of DeepSpeed, and shoal uses torch's AdamW",
+    f"{_ZERO}.zenflow": "it needs an optimizer of DeepSpeed, and shoal uses torch's",
 }
 """What shoal does itself or does not do; a section that says `"enabled": false` passes."""
 
 _ALWAYS: dict[str, tuple[Any, str]] = {
-    "fp16.enabled": (False, "shoal trains in fp32 or bf16; use train.precision"),
     "fp16.fp16_master_weights_and_grads": (False, "shoal keeps weights and optimizer in fp32"),
     "bf16.bf16_master_weights_and_grads": (False, "shoal keeps weights and optimizer in fp32"),
     "bf16.bf16_optimizer_states": (False, "shoal keeps weights and optimizer in fp32"),
@@ -696,15 +694,19 @@ _ALWAYS: dict[str, tuple[Any, str]] = {
     "gradient_allreduce_op": ("mean", "shoal counts on gradients that are averaged over the processes"),
     "managed_gradient_accumulation": (True, "shoal tells DeepSpeed which micro-batch is the last of an update"),
     "dataloader_drop_last": (False, "shoal hands out the batches, and every sample counts"),
-    "compile.deepcompile": (False, "shoal does not compile the model"),
+    "compile.deepcompile": (False, "shoal compiles the blocks of the model; use train.compile"),
     "checkpoint.load_universal": (False, "shoal reads the checkpoints it wrote"),
     f"{_ZERO}.compute_grad_norm": (True, "shoal records the gradient norm"),
-    f"{_ZERO}.offload_optimizer.super_offload": (False, "it needs an optimizer of DeepSpeed; shoal uses torch's AdamW"),
+    f"{_ZERO}.offload_optimizer.super_offload": (False, "it needs an optimizer of DeepSpeed; shoal uses torch's"),
 }
 """Values that a run of shoal always has, without stating them, and why."""
 
-_FREE = {"steps_per_print", _GATHER}
-"""What `strategy.deepspeed_config` states, but a file may state otherwise: it changes nothing in a run."""
+_FREE = {
+    "steps_per_print",
+    _GATHER,
+    *(f"fp16.{name}" for name in ("loss_scale", "initial_scale_power", "hysteresis", "min_loss_scale")),
+}
+"""What `render.deepspeed_config` states, but a file may state otherwise: no number of a run depends on it."""
 
 
 def complete(layer: Layer, decided: dict[str, Any], because: Mapping[str, str]) -> dict[str, Any]:
@@ -712,7 +714,7 @@ def complete(layer: Layer, decided: dict[str, Any], because: Mapping[str, str]) 
 
     Args:
         layer: What `read_deepspeed_file` read.
-        decided: A full configuration (`strategy.deepspeed_config`).
+        decided: A full configuration (`render.deepspeed_config`).
         because: For dotted keys of `decided` the key of the run file that decides it, and its place:
             `{"train_batch_size": "train.global_batch_size, run.yaml:4"}`. What is not in it is shoal's own choice.
 

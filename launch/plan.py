@@ -20,6 +20,7 @@ from launch.cache import Cache
 from launch.config import Loaded, RunConfig, TrainSection, load
 from launch.errors import ConfigError, TopologyError
 from launch.fitting import Fits, question, recall
+from launch.outside import agreed, read_outside, take_over
 from launch.recipe import Preview, RecipeContext
 from launch.registry import Recipe, find_run_file, load_recipe
 from launch.render import deepspeed_config
@@ -121,9 +122,12 @@ def decide(file: str, overrides: list[str], out: Path | None, world: World, mach
     preview = recipe.preview(RecipeContext(cache, loaded.config.train.seed))
     folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
     machine = machine or read_machine()
+    outside = read_outside(loaded, world)
+    loaded = take_over(loaded, outside, world)
     plan = make_plan(loaded, machine, world, preview, folder)
     if plan.batch.candidates and (fits := recall(cache, question(plan))):
         plan = make_plan(loaded, machine, world, preview, folder, fits)
+    plan = plan.model_copy(update={"deepspeed": agreed(plan, loaded, outside)})
     if plan.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         raise TopologyError(
             f"{loaded.place('parallel.strategy')}: parallel.strategy = {plan.processes.strategy}: the package "

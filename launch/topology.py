@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ import psutil
 
 from launch.errors import TopologyError
 from launch.secret import is_secret_value
-from launch.strategy import Strategy, zero_strategy
+from launch.strategy import ZERO_STRATEGIES, Strategy, strategy_with_offload
 
 Device = Literal["cpu", "cuda", "mps"]
 
@@ -51,6 +51,10 @@ class World:
     """Whether a launcher said so; False: no RANK and WORLD_SIZE in the environment."""
     strategy: Strategy | None = None
     """What `accelerate launch` was configured for, where that is more than plain data parallelism."""
+    deepspeed_file: str | None = None
+    """The DeepSpeed file that `accelerate launch` was given, absolute."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """How `accelerate launch` passes its configuration on."""
 
 
 def read_machine() -> Machine:
@@ -124,7 +128,16 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     except ValueError:
         shown = " ".join(f"{name}={value}" for name, value in stated.items())
         raise TopologyError(f"the environment holds {shown}, which are not all whole numbers") from None
-    return World(rank, size, local_rank, local_size, launched=True, strategy=_configured_strategy(environ))
+    return World(
+        rank,
+        size,
+        local_rank,
+        local_size,
+        launched=True,
+        strategy=_configured_strategy(environ),
+        deepspeed_file=_deepspeed_file(environ),
+        variables={name: environ[name] for name in stray_variables(environ)},
+    )
 
 
 def _configured_strategy(environ: Mapping[str, str]) -> Strategy | None:
@@ -142,22 +155,26 @@ def _configured_strategy(environ: Mapping[str, str]) -> Strategy | None:
             )
         return Strategy.FSDP2_OFFLOAD if on("FSDP_OFFLOAD_PARAMS") else Strategy.FSDP2
     if on("ACCELERATE_USE_DEEPSPEED"):
-        if environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-            raise TopologyError(
-                f"`accelerate launch` was given a DeepSpeed file ({environ['ACCELERATE_DEEPSPEED_CONFIG_FILE']}), but "
-                "DeepSpeed's configuration follows from the run file here; give zero_stage instead, as in "
-                "accelerate_configs/zero2.yaml"
-            )
+        if _deepspeed_file(environ):
+            return None  # the file says it
         stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        device = environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
-        try:
-            return zero_strategy(int(stage), offload=device == "cpu")
-        except ValueError:
+        devices = [
+            environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none").lower()
+            for what in ("OPTIMIZER", "PARAM")
+        ]
+        strategy = strategy_with_offload(int(stage), *devices) if stage.isdecimal() else None
+        if strategy is None:
             raise TopologyError(
-                f"`accelerate launch` was configured for ZeRO stage {stage}, offload {device}; there are zero1, zero2, "
-                "zero3, zero2_offload and zero3_offload, see accelerate_configs/"
-            ) from None
+                f"`accelerate launch` was configured for ZeRO stage {stage}, optimizer offloaded to {devices[0]}, "
+                f"weights to {devices[1]}; there are {ZERO_STRATEGIES}, see accelerate_configs/"
+            )
+        return strategy
     return None
+
+
+def _deepspeed_file(environ: Mapping[str, str]) -> str | None:
+    stated = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return None if stated in ("", "none") else str(Path(stated).absolute())
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:

@@ -114,6 +114,10 @@ def changes(config: RunConfig, original: Plan | None, processes: int) -> list[st
     stated = ["parallel.device=cpu", f"parallel.devices={processes}", "parallel.nodes=1"]
     if original is not None and processes == 1:  # where `auto` would mean another strategy
         stated.append(f"parallel.strategy={original.processes.strategy}")
+    if config.parallel.accelerate_config:  # which states the devices of the run itself
+        stated.append("parallel.accelerate_config=null")
+        if original is not None and processes > 1:
+            stated.append(f"parallel.strategy={original.processes.strategy}")
     if config.train.precision == "fp16":  # only a GPU computes in it
         stated.append("train.precision=fp32")
     return stated

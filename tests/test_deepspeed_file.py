@@ -31,7 +31,8 @@ from launch.deepspeed_file import (
     strategy_of_deepspeed,
 )
 from launch.errors import ConfigError
-from launch.strategy import Strategy, deepspeed_config
+from launch.render import deepspeed_config
+from launch.strategy import Strategy
 from tests.mutations import Mutations, paths_of, typos, with_change, wrong_types
 
 RICH = Path(__file__).parent / "data/deepspeed_rich.json"

@@ -16,7 +16,7 @@ from launch.config import ParallelSection, load
 from launch.errors import TopologyError
 from launch.plan import decide, make_plan
 from launch.recipe import Preview
-from launch.strategy import Dtypes, Strategy, planned_dtypes, zero_strategy
+from launch.strategy import Dtypes, Strategy, planned_dtypes, strategy_with_offload
 from launch.topology import Machine, World, read_world
 
 CONFIGS = sorted(shipped_folder("accelerate_configs").glob("*.yaml"))
@@ -41,9 +41,9 @@ def test_what_a_strategy_is_made_of() -> None:
         "zero2_offload": ("zero", 2, True, True),
         "zero3_offload": ("zero", 3, True, True),
     }
-    assert zero_strategy(3, offload=True) is Strategy.ZERO3_OFFLOAD
-    with pytest.raises(ValueError, match="zero1_offload"):
-        zero_strategy(1, offload=True)
+    assert strategy_with_offload(3, "cpu", "cpu") is Strategy.ZERO3_OFFLOAD
+    assert strategy_with_offload(3, "cpu", "none") is None
+    assert strategy_with_offload(1, "cpu", "none") is None
 
 
 @pytest.mark.parametrize("strategy", Strategy)
@@ -110,13 +110,9 @@ def world(**environ: str) -> World:
         ),
         (
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
-            "`accelerate launch` was configured for ZeRO stage 0, offload none; there are zero1, zero2, zero3, "
-            "zero2_offload and zero3_offload, see accelerate_configs/",
-        ),
-        (
-            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "mine.json"},
-            "`accelerate launch` was given a DeepSpeed file (mine.json), but DeepSpeed's configuration follows from "
-            "the run file here; give zero_stage instead, as in accelerate_configs/zero2.yaml",
+            "`accelerate launch` was configured for ZeRO stage 0, optimizer offloaded to none, weights to none; there "
+            "are zero1, zero2, zero3, zero2_offload (the optimizer on the CPU) and zero3_offload (optimizer and "
+            "weights on the CPU), see accelerate_configs/",
         ),
     ],
 )
