@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests import tiny
 from tests.gloo import run_ranks
 
 SHARDED = [strategy for strategy in Strategy if strategy is not Strategy.SINGLE]
-UPDATES = 7
+UPDATES = 30
 SAMPLES = 20  # three windows of 8 an epoch, the last with 4
 
 
@@ -42,12 +43,25 @@ def local_size(parameter: Any) -> int:
     return int((parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel())
 
 
+def counting_blocks(model: Any, calls: list[int]) -> Any:
+    """The model, with a note in `calls` of each pass through a transformer block that gradients may flow from."""
+    import torch
+
+    for module in model.modules():
+        if type(module).__name__ in ("GPT2Block", "LlamaDecoderLayer"):
+            module.register_forward_pre_hook(
+                lambda module, inputs: calls.append(1) if torch.is_grad_enabled() else None
+            )
+    return model
+
+
 def trained(
     strategy: str, world_size: int, source: str, folder: str, bug: str = "", overrides: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """One whole run on this rank, from pretrained weights in `source`, with a planted bug if wanted."""
     if bug:
         BUGS[bug]()
+    import torch
     from transformers import AutoModelForCausalLM
 
     from launch.engine.progress import Display
@@ -57,8 +71,9 @@ def trained(
     from tests.test_engine_checkpoint import tokenizer
 
     plan = plan_for(strategy, world_size, Path(folder), *overrides)
+    calls: list[int] = []
     prepared = Prepared(
-        build_model=lambda: AutoModelForCausalLM.from_pretrained(source),
+        build_model=lambda: counting_blocks(AutoModelForCausalLM.from_pretrained(source), calls),
         tokenizer=tokenizer(),
         train=tiny.sequences(SAMPLES),
         validation=tiny.sequences(7, seed=1),  # rows do not divide over ranks
@@ -74,9 +89,15 @@ def trained(
     return {
         "kind": accelerator.distributed_type.value,
         "formats": run.result()["dtypes"],
+        "block_calls": len(calls),
+        "compiled": int(torch._dynamo.utils.counters["stats"]["unique_graphs"]),
+        "rates": [run.schedule.learning_rate(update) for update in range(1, run.schedule.total + 1)],
+        "planned": (plan.length.first_learning_rate, plan.length.last_learning_rate),
         "dtypes": sorted({str(parameter.dtype) for parameter in bare.parameters()}),
         "tied": bare.get_input_embeddings().weight is bare.get_output_embeddings().weight,
         "state": {name: tensor.float().numpy().copy() for name, tensor in state.items()},
+        "updates": run.updates_done,
+        "best": run.best,
         "local": sum(local_size(parameter) for parameter in bare.parameters()),
     }
 
@@ -116,7 +137,7 @@ def differences(records: list[dict[str, Any]], reference: list[dict[str, Any]]) 
             losses.append(abs(got["loss"] - expected["loss"]))
         if "gradient_norm" in expected:
             norms.append(abs(got["gradient_norm"] / expected["gradient_norm"] - 1))
-    assert (len(losses), len(norms)) == (UPDATES + 4, UPDATES)
+    assert (len(losses), len(norms)) == (UPDATES + 1 + UPDATES // 3, UPDATES)
     return max(losses), max(norms)
 
 
@@ -133,8 +154,8 @@ def test_a_strategy_changes_nothing(
     assert {result["kind"] for result in results} == {kinds[strategy.kind]}, "no strategy is replaced by another"
     assert results[0]["dtypes"] == ["torch.float32"]
     loss, norm = differences(records(tmp_path), reference)
-    assert loss < 2e-6
-    assert norm < 1e-5
+    assert loss < 1e-5
+    assert norm < 1e-4
     state = results[0]["state"]
     assert set(state) >= set(expected_state)
     assert max(float(np.abs(state[key] - expected_state[key]).max()) for key in expected_state) < 1e-4
@@ -151,6 +172,216 @@ def test_a_strategy_changes_nothing(
     assert difference(exported, tmp_path / "probe.safetensors", "cpu") <= TOLERANCE
     same = exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
     assert same == (name == "gpt2")
+
+
+def reference_for(source: Path, folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One process with other settings than `references`: its records and its result."""
+    folder.mkdir()
+    (result,) = run_ranks(1, trained, "single", 1, str(source), str(folder), "", overrides)
+    return records(folder), result
+
+
+@pytest.fixture(scope="module")
+def twelve(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    folder = tmp_path_factory.mktemp("twelve") / "run"
+    return reference_for(sources["gpt2"], folder, "train.global_batch_size=12", "train.micro_batch_size=12")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "micro_batch_size", "workers"),
+    [
+        *(("fsdp2", 3, 1, 0), ("fsdp2", 2, 6, 2), ("zero1", 3, 4, 0), ("zero2", 2, 3, 2)),
+        *(("zero2", 3, 2, 0), ("zero3", 3, 1, 2), ("zero3", 2, 6, 0)),
+    ],
+)
+def test_a_split_changes_nothing(
+    strategy: str, world_size: int, micro_batch_size: int, workers: int, sources: Any, twelve: Any, tmp_path: Path
+) -> None:
+    """Of the last window of an epoch, 8 samples of 12, some ranks have fewer than others or none."""
+    overrides = (
+        *("train.global_batch_size=12", f"train.micro_batch_size={micro_batch_size}"),
+        f"parallel.data_workers={workers}",
+    )
+    results = run_ranks(world_size, trained, strategy, world_size, str(sources["gpt2"]), str(tmp_path), "", overrides)
+    loss, norm = differences(records(tmp_path), twelve[0])
+    assert loss < 1e-5
+    assert norm < 1e-4
+    assert farthest(results[0], twelve[1]) < 1e-4
+
+
+def farthest(result: dict[str, Any], reference: dict[str, Any]) -> float:
+    """Largest difference of a weight."""
+    state, expected = result["state"], reference["state"]
+    return max(float(np.abs(state[key] - expected[key]).max()) for key in expected)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_is_what_was_planned_and_near_fp32(
+    strategy: Strategy, precision: str, sources: dict[str, Path], references: dict[str, Any], tmp_path: Path
+) -> None:
+    """In fp16 the first scales overflow: those updates are repeated, and no sample or learning rate is skipped."""
+    bug = "compute_in_fp16_on_a_cpu" if precision == "fp16" else ""
+    overrides = (f"train.precision={precision}",)
+    results = run_ranks(2, trained, str(strategy), 2, str(sources["gpt2"]), str(tmp_path), bug, overrides)
+    low = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+    assert results[0]["formats"] == results[1]["formats"]
+    assert results[0]["formats"] == {
+        "forward": low,
+        "parameter": low if str(strategy).startswith("zero") else "float32",
+        "reduction": "float32",
+        "master": "float32",
+        "optimizer": "float32",
+    }
+    got = records(tmp_path)
+    overflows = [record.pop("overflows", 0) for record in got if record["kind"] == "train"]
+    assert (sum(overflows) > 0) == (precision == "fp16")
+    for record in got:
+        record.pop("best", None)
+    reference = [{key: value for key, value in record.items() if key != "best"} for record in references["gpt2"][0]]
+    loss, _ = differences(got, reference)
+    assert 1e-6 < loss < 5e-3, "another number format, but the same training"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_activation_checkpointing_changes_time_and_nothing_else(
+    strategy: str, sources: dict[str, Path], references: dict[str, Any], tmp_path: Path
+) -> None:
+    overrides = ("train.activation_checkpointing=true",)
+    results = run_ranks(2, trained, strategy, 2, str(sources["gpt2"]), str(tmp_path), "", overrides)
+    loss, norm = differences(records(tmp_path), references["gpt2"][0])
+    assert loss < 1e-5
+    assert norm < 1e-4
+    # Two blocks, two micro-batches an update (one in the last window of an epoch), each pass made twice.
+    passes = 2 * sum(1 if update % 3 == 0 else 2 for update in range(1, UPDATES + 1))
+    assert results[0]["block_calls"] == 2 * passes
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_compiled_blocks_change_time_and_nothing_else(
+    strategy: str, sources: dict[str, Path], references: dict[str, Any], tmp_path: Path
+) -> None:
+    results = run_ranks(
+        2, trained, strategy, 2, str(sources["gpt2"]), str(tmp_path), "", ("train.compile=true",), timeout_seconds=300
+    )
+    assert all(result["compiled"] for result in results), "something was compiled"
+    loss, norm = differences(records(tmp_path), references["gpt2"][0])
+    assert loss < 1e-5
+    assert norm < 1e-4
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "strategies"), [("sgd", ["ddp", "fsdp2", "zero2", "zero3"]), ("adafactor", ["ddp"])]
+)
+def test_other_optimizers_are_shared_out_as_well(
+    optimizer: str, strategies: list[str], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    overrides = (f"train.optimizer={optimizer}", *(["train.sgd_momentum=0.9"] if optimizer == "sgd" else []))
+    expected, reference = reference_for(sources["gpt2"], tmp_path / "one", *overrides)
+    for strategy in strategies:
+        folder = tmp_path / strategy
+        folder.mkdir()
+        results = run_ranks(2, trained, strategy, 2, str(sources["gpt2"]), str(folder), "", overrides)
+        loss, norm = differences(records(folder), expected)
+        assert loss < 1e-5, strategy
+        assert norm < 1e-4, strategy
+        assert farthest(results[0], reference) < 1e-4, strategy
+
+
+@pytest.mark.dist
+def test_the_learning_rate_is_the_planned_one_whatever_shards_it(references: dict[str, Any], tmp_path: Path) -> None:
+    """Over ranks, accumulation and strategies the records are compared exactly above; here with the plan."""
+    plan = plan_for("fsdp2", 2, tmp_path)
+    rates = [record["learning_rate"] for record in references["gpt2"][0] if record["kind"] == "train"]
+    schedule = plan.schedule(SAMPLES)
+    assert rates == [schedule.learning_rate(update) for update in range(1, UPDATES + 1)]
+    assert (rates[0], rates[-1]) == (plan.length.first_learning_rate, plan.length.last_learning_rate)
+    assert max(rates) == plan.length.peak_learning_rate
+    assert rates[-1] > 0, "not at 0 before the end"
+
+
+# --- decisions -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_that_judge_differently_still_stop_together(
+    strategy: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Rank 1 would go on for ever; rank 0 has seen enough after two evaluations that tie."""
+    overrides = ("train.early_stopping_patience=2", "train.early_stopping_min_delta=9")
+    bug = "judge_differently_on_rank_1"
+    results = run_ranks(2, trained, strategy, 2, str(sources["gpt2"]), str(tmp_path), bug, overrides)
+    assert [result["updates"] for result in results] == [6, 6]
+    evaluations = [record for record in records(tmp_path) if record["kind"] == "eval"]
+    assert [record["update"] for record in evaluations] == [0, 3, 6]
+    assert results[0]["best"] == results[1]["best"], "of the best evaluation all have the same opinion"
+
+
+@pytest.mark.dist
+def test_without_agreement_they_would_not(sources: dict[str, Path], tmp_path: Path) -> None:
+    overrides = ("train.early_stopping_patience=2", "train.early_stopping_min_delta=9")
+    with pytest.raises(AssertionError, match=r"did not answer|failed"):
+        run_ranks(
+            2,
+            trained,
+            "fsdp2",
+            2,
+            str(sources["gpt2"]),
+            str(tmp_path),
+            "judge_alone",
+            overrides,
+            timeout_seconds=30,
+        )
+
+
+def judge_differently_on_rank_1() -> None:
+    from launch.engine.stopping import EarlyStopping, Judgement
+
+    exact = EarlyStopping.judge
+
+    def judge(self: EarlyStopping, loss: float) -> Judgement:
+        judged = exact(self, loss)
+        return judged if int(os.environ["RANK"]) == 0 else Judgement(best=not judged.best, stop=False)
+
+    EarlyStopping.judge = judge  # type: ignore[method-assign]
+
+
+def judge_alone() -> None:
+    from launch.engine import run
+
+    judge_differently_on_rank_1()
+    run.from_main = lambda accelerator, value: value
+
+
+def compute_in_fp16_on_a_cpu() -> None:
+    """Which is refused for being slow; its arithmetic is real. The first scale is one that overflows."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    from launch import plan, render
+    from launch.engine import precision, run
+
+    plan._check_abilities = lambda loaded, processes: None
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    run.LossScale = lambda: precision.LossScale(2.0**24)  # type: ignore[misc,assignment]
+    exact = render.deepspeed_config
+
+    def with_a_large_scale(*arguments: Any) -> dict[str, Any]:
+        config = exact(*arguments)
+        config["fp16"]["initial_scale_power"] = 24
+        return config
+
+    plan.deepspeed_config = with_a_large_scale
 
 
 def spoiled(strategy: str, source: str, folder: str, what: str) -> tuple[str, float]:
@@ -259,9 +490,37 @@ def build_other_weights_on_each_rank() -> None:
     AutoModelForCausalLM.from_pretrained = build
 
 
+def untie_the_head() -> None:
+    """Give the head weights of its own, as loading a checkpoint without its ties does."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    exact = AutoModelForCausalLM.from_pretrained
+
+    def build(source: str) -> Any:
+        model = exact(source)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        return model
+
+    AutoModelForCausalLM.from_pretrained = build
+
+
+def order_samples_by_rank() -> None:
+    """Seed the order of samples with the rank: some are seen twice in an epoch, others never."""
+    from launch.engine import batching
+
+    exact = batching.epoch_order
+    batching.epoch_order = lambda samples, seed, epoch: exact(samples, seed + int(os.environ.get("RANK", 0)), epoch)
+
+
 BUGS = {
     function.__name__: function
     for function in (
+        untie_the_head,
+        order_samples_by_rank,
+        judge_differently_on_rank_1,
+        judge_alone,
+        compute_in_fp16_on_a_cpu,
         forget_the_world,
         average_the_averages,
         tell_transformers_of_zero3,
@@ -280,6 +539,8 @@ BUGS = {
         ("forget_the_world", "ddp"),
         ("forget_the_world", "zero2"),
         ("average_the_averages", "fsdp2"),
+        ("untie_the_head", "zero3"),
+        ("order_samples_by_rank", "ddp"),
         ("tell_transformers_of_zero3", "zero3"),
         ("forget_other_ranks_in_scores", "ddp"),
         ("walk_the_schedule_on_every_rank", "fsdp2"),

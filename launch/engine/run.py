@@ -174,6 +174,7 @@ class Run:
                 targets=result.counts.targets,
                 tokens=self._meter.tokens,
                 tokens_per_second=round(self._speed, 1),
+                **({"overflows": result.overflows} if result.overflows else {}),
             )
 
     def _evaluate_and_judge(self, update: int) -> bool:
