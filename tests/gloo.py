@@ -26,7 +26,7 @@ def run_ranks(
     port = _free_port()
     answers: Any = _context.Queue()
     ranks = [
-        _context.Process(target=_rank, args=(rank, world_size, port, function, arguments, answers), daemon=True)
+        _context.Process(target=_rank, args=(rank, world_size, port, function, arguments, answers))
         for rank in range(world_size)
     ]
     for process in ranks:
