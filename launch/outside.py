@@ -132,7 +132,7 @@ def _decided(plan: Plan, loaded: Loaded) -> dict[str, tuple[Any, str]]:
     """For keys of Accelerate's configuration, the value that the plan implies, and why."""
 
     def by(key: str) -> str:
-        return f"{key}, {loaded.place(key)}"
+        return f"{key}, {loaded.origin(key)}"
 
     train, processes, strategy = plan.config.train, plan.processes, plan.processes.strategy
     decided: dict[str, tuple[Any, str]] = {
@@ -167,4 +167,4 @@ def _because(plan: Plan, loaded: Loaded) -> dict[str, str]:
     }
     world = f"on {plan.processes.world_size} processes"
     extra = {"train_micro_batch_size_per_gpu": world, "gradient_accumulation_steps": world}
-    return {name: ", ".join(filter(None, (key, extra.get(name), loaded.place(key)))) for name, key in keys.items()}
+    return {name: ", ".join(filter(None, (key, extra.get(name), loaded.origin(key)))) for name, key in keys.items()}

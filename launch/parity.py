@@ -16,15 +16,28 @@ from typing import Any, Literal
 from launch import local
 from launch.errors import LaunchError, StoppedError
 from launch.plan import decide
-from launch.record import create_run_folder
+from launch.record import create_run_folder, read_plan
 from launch.strategy import Strategy
 from launch.topology import World
 
-LOSS = 1e-5
-"""Largest difference of a loss that still counts as the same, in fp32."""
-WEIGHT = 1e-4
-METRIC = 1e-6
-"""The same, relative, of what an evaluation computes from its loss."""
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Largest differences that still count as the same."""
+
+    loss: float
+    weight: float | None
+    """None: not judged. Of a gradient near zero the sign is rounding, and AdamW makes whole steps of it."""
+    metric: float
+    """Relative, of what an evaluation computes from its loss."""
+
+
+TOLERANCES = {
+    "fp32": Tolerances(loss=1e-5, weight=1e-4, metric=1e-6),
+    "fp16": Tolerances(loss=2e-3, weight=None, metric=2e-3),  # 11 bits of precision
+    "bf16": Tolerances(loss=1e-2, weight=None, metric=1e-2),  # 8 bits
+}
+"""By train.precision. A proof is in fp32; in the others it is only seen that training is the same."""
 
 NOTHING_TO_COMPARE_WITH = "not started: the reference failed, so there is nothing to compare with"
 
@@ -51,6 +64,7 @@ class Outcome:
     differences: Mapping[int, float] = field(default_factory=dict)
     """Absolute difference of the training loss by update."""
     seconds: float = 0.0
+    tolerances: Tolerances = TOLERANCES["fp32"]
 
     @property
     def folder(self) -> str:
@@ -60,11 +74,12 @@ class Outcome:
     @property
     def equal(self) -> bool:
         """Whether this run is the first one, sharded differently. Without a loss in common it is not."""
+        allowed = self.tolerances
         return (
             not self.problem
             and self.loss is not None
-            and self.loss <= LOSS
-            and (self.weight is None or self.weight <= WEIGHT)
+            and self.loss <= allowed.loss
+            and (self.weight is None or self.weight <= (math.inf if allowed.weight is None else allowed.weight))
             and self.same_tensors
             and self.same_rates
             and self.same_metrics
@@ -116,9 +131,11 @@ def compare(
         if problem:
             outcome = Outcome(strategy, size, problem)
         elif not outcomes:
-            outcome = Outcome(strategy, size, reference=True, losses=_training_losses(_records(own)))
+            allowed = TOLERANCES[read_plan(own).config.train.precision]
+            losses = _training_losses(_records(own))
+            outcome = Outcome(strategy, size, reference=True, losses=losses, tolerances=allowed)
         else:
-            outcome = _beside(strategy, size, own, folder / outcomes[0].folder)
+            outcome = _beside(strategy, size, own, folder / outcomes[0].folder, outcomes[0].tolerances)
         outcomes.append(replace(outcome, seconds=time.monotonic() - started))
         yield outcomes[-1]
     said(f"{len(outcomes)} cases in {duration(sum(outcome.seconds for outcome in outcomes))}")
@@ -155,7 +172,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _beside(strategy: Strategy, size: int, own: Path, first: Path) -> Outcome:
+def _beside(
+    strategy: Strategy, size: int, own: Path, first: Path, tolerances: Tolerances = TOLERANCES["fp32"]
+) -> Outcome:
     ours, theirs = _records(own), _records(first)
     pairs = [(ours[key], theirs[key]) for key in theirs if key in ours]
     losses, reference = _training_losses(ours), _training_losses(theirs)
@@ -167,10 +186,11 @@ def _beside(strategy: Strategy, size: int, own: Path, first: Path) -> Outcome:
         weight=weight,
         same_tensors=same_tensors,
         same_rates=all(a.get("learning_rate") == b.get("learning_rate") for a, b in pairs),
-        same_metrics=all(_same_metrics(a, b) for a, b in pairs if a["kind"] == "eval"),
+        same_metrics=all(_same_metrics(a, b, tolerances.metric) for a, b in pairs if a["kind"] == "eval"),
         same_samples=[_cursor(record) for record in ours.values()] == [_cursor(record) for record in theirs.values()],
         losses=losses,
         differences={update: abs(losses[update] - loss) for update, loss in reference.items() if update in losses},
+        tolerances=tolerances,
     )
 
 
@@ -189,9 +209,9 @@ def _cursor(record: dict[str, Any]) -> list[Any]:
     return [record.get(name) for name in ("kind", "update", "epoch", "consumed", "samples", "targets", "tokens")]
 
 
-def _same_metrics(record: dict[str, Any], other: dict[str, Any]) -> bool:
-    names = set(other) - {"kind", "update", "samples", "targets", "time", "loss"}
-    return all(name in record and abs(record[name] - other[name]) <= METRIC * abs(other[name]) for name in names)
+def _same_metrics(record: dict[str, Any], other: dict[str, Any], tolerance: float) -> bool:
+    names = set(other) - {"kind", "update", "samples", "targets", "time", "loss", "best"}
+    return all(name in record and abs(record[name] - other[name]) <= tolerance * abs(other[name]) for name in names)
 
 
 def _weight_difference(own: Path, first: Path) -> tuple[float | None, bool]:

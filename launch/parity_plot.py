@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.parity import LOSS, Outcome
+from launch.parity import Outcome
 from launch.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -71,11 +71,12 @@ def _draw_losses(axes: Axes, outcomes: list[Outcome], sizes: list[int]) -> None:
 def _draw_differences(axes: Axes, outcomes: list[Outcome], sizes: list[int]) -> None:
     reference, *others = outcomes
     values = [value for outcome in others for value in outcome.differences.values()]
-    floor = floor_of(values)
-    _set_scale(axes, values, floor)
+    allowed = reference.tolerances.loss
+    floor = floor_of([allowed, *values])
+    _set_scale(axes, [allowed, *values], floor)
     axes.set_xlim(min(reference.losses) - 0.6, max(reference.losses) + 0.6)
-    axes.axhline(LOSS, color="black", linewidth=1.2, linestyle=(0, (6, 3)))
-    _note(axes, LOSS, 3, f"tolerance {_power(LOSS)}")
+    axes.axhline(allowed, color="black", linewidth=1.2, linestyle=(0, (6, 3)))
+    _note(axes, allowed, 3, f"tolerance {_power(allowed)}")
     if 0.0 in values:
         axes.axhline(floor, color="0.6", linewidth=0.8, zorder=1)
         _note(axes, floor, -13, "exactly 0, drawn on this line")
@@ -93,7 +94,7 @@ def _draw_differences(axes: Axes, outcomes: list[Outcome], sizes: list[int]) -> 
 
 def _set_scale(axes: Axes, values: list[float], floor: float) -> None:
     """Powers of ten that hold every value and the tolerance; where there are zeros, the floor is called 0."""
-    top = max([LOSS, *values]) * 4
+    top = max(values) * 4
     decades = [10.0**power for power in range(round(math.log10(floor)) + 1, math.floor(math.log10(top)) + 1)]
     lowest = [(floor, "0")] if 0.0 in values else []
     axes.set_yscale("log")
@@ -105,12 +106,14 @@ def _set_scale(axes: Axes, values: list[float], floor: float) -> None:
 
 def floor_of(values: list[float]) -> float:
     """Where an exact 0 is drawn on the log scale: a power of ten that lies clearly below every other value."""
-    smallest = min([LOSS, *(value for value in values if value)])
+    smallest = min(value for value in values if value)
     return float(10.0 ** math.floor(math.log10(smallest / 3)))
 
 
 def _power(value: float) -> str:
-    return f"$10^{{{math.log10(value):.0f}}}$"
+    """`10⁻⁵`; a value that is no power of ten as it is."""
+    exponent = round(math.log10(value))
+    return f"$10^{{{exponent}}}$" if math.isclose(value, 10.0**exponent) else f"{value:g}"
 
 
 def _note(axes: Axes, height: float, above: float, text: str) -> None:

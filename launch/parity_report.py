@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from launch import __version__
 from launch.config import RunConfig
 from launch.errors import RunFolderError
-from launch.parity import LOSS, METRIC, WEIGHT, Outcome
+from launch.parity import Outcome
 from launch.parity_plot import draw
 from launch.record import read_plan, surroundings, write_json
 
@@ -27,7 +28,7 @@ def write_report(folder: Path, config: RunConfig, outcomes: list[Outcome], *, co
         "data": str(folder / "parity.json"),
         "plot": str(folder / "parity.png") if plotted else None,
         "complete": complete,
-        "tolerances": {"loss": LOSS, "weight": WEIGHT, "metric_relative": METRIC},
+        "tolerances": asdict(outcomes[0].tolerances) if outcomes else None,
         "outcomes": [as_json(outcome) for outcome in outcomes],
         "config": config.model_dump(mode="json"),
         **surroundings(),

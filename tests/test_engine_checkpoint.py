@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from launch.assets import code_root
 from launch.engine.checkpoint import checkpoint_folder, prune, write_model, write_probe
-from launch.engine.exported import TOLERANCE, difference, load_exported
+from launch.engine.exported import TOLERANCE, difference, load_exported, untied
 from launch.recipe import Prepared
 from recipes.causal_lm import collate, count, loss
 from tests import tiny
@@ -97,3 +97,13 @@ def test_the_oldest_checkpoints_are_removed(keep: int | None, left: list[int], t
     prune(tmp_path, keep)
     found = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert found == {*(f"step-{update:06d}" for update in left), "step-000004.writing"}
+
+
+def test_a_tie_that_is_lost_is_noticed_by_storage(exported: tuple[Any, Path, Path]) -> None:
+    live, folder, probe = exported
+    loaded, _ = load_exported(folder)
+    assert untied(loaded, probe) == []
+    loaded.lm_head.weight = torch.nn.Parameter(loaded.lm_head.weight.detach().clone())  # equal, but another storage
+    tied = live.get_input_embeddings().weight is live.get_output_embeddings().weight
+    assert untied(loaded, probe) == (["transformer.wte.weight"] if tied else [])
+    assert difference(loaded, probe, "cpu") <= TOLERANCE, "its logits do not show it"

@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 
 from launch.cli import _strategies, _world_sizes
-from launch.parity import LOSS, NOTHING_TO_COMPARE_WITH, Outcome, _beside, _progress, cases, duration
+from launch.parity import NOTHING_TO_COMPARE_WITH, TOLERANCES, Outcome, _beside, _progress, cases, duration
 from launch.parity_plot import COLOURS, _draw_differences, draw, floor_of
 from launch.parity_report import as_json
 from launch.strategy import Strategy
 
+LOSS = TOLERANCES["fp32"].loss
 ROOT = Path(__file__).parents[1]
 OWN = Path(__file__).with_name("own_recipe.py")
 
@@ -120,7 +121,7 @@ def check_report(out: Path) -> None:
     assert fsdp2["training_loss_differences"] == [abs(a - b) for a, b in zip(*recorded, strict=True)]
     assert fsdp2["loss_difference"] >= max(fsdp2["training_loss_differences"])
     assert "does not divide over 3 processes" in failed["problem"] and failed["updates"] == []
-    assert report["tolerances"] == {"loss": 1e-5, "weight": 1e-4, "metric_relative": 1e-6}
+    assert report["tolerances"] == {"loss": 1e-5, "weight": 1e-4, "metric": 1e-6}
     assert report["complete"] and {"torch", "accelerate"} <= set(report["versions"])
     assert report["arguments"][1] == "parity"
     assert report["config"]["train"]["global_batch_size"] == 8 and report["config"]["recipe_args"]["width"] == 16
@@ -181,6 +182,9 @@ def test_lists_may_have_spaces_and_say_a_thing_twice() -> None:
 
 def test_a_run_that_failed_or_has_no_loss_in_common_is_not_equal() -> None:
     assert Outcome(Strategy.DDP, 2, loss=1e-6, weight=1e-6).verdict == "same"
+    assert Outcome(Strategy.DDP, 2, loss=1e-3, weight=1e-2).verdict == "DIFFERENT"
+    assert Outcome(Strategy.DDP, 2, loss=1e-3, weight=1e-2, tolerances=TOLERANCES["bf16"]).verdict == "same"
+    assert Outcome(Strategy.DDP, 2, loss=1e-1, weight=1e-2, tolerances=TOLERANCES["bf16"]).verdict == "DIFFERENT"
     assert Outcome(Strategy.DDP, 2, problem="killed", loss=0.0).verdict == "failed"
     assert Outcome(Strategy.DDP, 2).verdict == "DIFFERENT"
     assert Outcome(Strategy.SINGLE, 1, reference=True).verdict == "reference"
@@ -301,7 +305,7 @@ def test_differences_are_drawn_at_their_values_and_zeros_on_the_line_called_0() 
     axes = Figure().subplots()
     _draw_differences(axes, seventeen(), [1, 2, 3])
     tolerance, zero, *curves = axes.lines
-    floor = floor_of([0.0, 1e-7])
+    floor = floor_of([LOSS, 0.0, 1e-7])
     assert floor == pytest.approx(1e-8)
     assert (tolerance.get_ydata()[0], zero.get_ydata()[0]) == (LOSS, floor)
     assert len(curves) == 16
@@ -317,7 +321,7 @@ def test_differences_are_drawn_at_their_values_and_zeros_on_the_line_called_0() 
 
 @pytest.mark.parametrize("smallest", [1e-2, 1e-5, 9.9e-8, 1e-15, 1e-300])
 def test_the_line_of_zeros_lies_below_everything(smallest: float) -> None:
-    assert 0 < floor_of([0.0, smallest]) < min(smallest, LOSS) / 2
+    assert 0 < floor_of([LOSS, 0.0, smallest]) < min(smallest, LOSS) / 2
 
 
 @pytest.mark.dist
