@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.cache import Cache
 from launch.errors import INTERRUPTED, ConfigError, ExportError, LaunchError, MemoryExhaustedError, TopologyError
@@ -46,13 +46,27 @@ def main() -> None:
         work(start)
     except LaunchError as error:
         _report_failure(world, start, str(error), error.exit_code)
-        sys.exit(error.exit_code)
+        _end(world, error.exit_code)
     except KeyboardInterrupt:
         _report_failure(world, start, "stopped by Ctrl-C", INTERRUPTED)
-        sys.exit(INTERRUPTED)
+        _end(world, INTERRUPTED)
     except Exception as error:
         _report_failure(world, start, f"{type(error).__name__}: {error}", 1, traceback.format_exc())
-        raise
+        traceback.print_exc()
+        _end(world, 1)
+
+
+def _end(world: World, exit_code: int) -> NoReturn:
+    """Leave after a failure, without taking anything down where there are other ranks.
+
+    A process group that is taken down while others wait in it may wait for them, and they are ended only once this
+    process has.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if world.size > 1:
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def _read_arguments(arguments: list[str]) -> argparse.Namespace:
