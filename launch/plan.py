@@ -383,8 +383,8 @@ def _length(config: RunConfig, preview: Preview) -> Length:
 def _command(processes: Processes, run_folder: Path) -> tuple[str, ...]:
     """What starts the workers: torchrun for several, on GPUs and CPUs alike.
 
-    Not `accelerate launch`, which takes seconds longer to start and adds variables of which the plan needs none;
-    with `--cpu` it starts one process whatever --num_processes says (accelerate 1.15, `launch_command`).
+    Not `accelerate launch`, which calls torchrun itself, but first reads a file and sets variables of which the plan
+    needs none; with `--cpu` it starts one process whatever --num_processes says (accelerate 1.15, `launch_command`).
     """
     worker = ("-m", "launch.train", str(run_folder))
     if processes.world_size == 1:
