@@ -102,6 +102,7 @@ def run_command(
     decided, differences = _decide(file, overrides, out, debug_cpu)
     plan = decided.plan
     cache = Cache(cache_folder())
+    refuse_results(Path(plan.run_folder))
     if plan.batch.candidates:
         remember(cache, question(plan), find(plan, complain))
         decided, differences = _decide(file, overrides, Path(plan.run_folder), debug_cpu)
