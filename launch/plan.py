@@ -123,7 +123,7 @@ def decide(file: str, overrides: list[str], out: Path | None, world: World, mach
     folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
     machine = machine or read_machine()
     outside = read_outside(loaded, world)
-    loaded = take_over(loaded, outside, world)
+    loaded = take_over(loaded, outside)
     plan = make_plan(loaded, machine, world, preview, folder)
     if plan.batch.candidates and (fits := recall(cache, question(plan))):
         plan = make_plan(loaded, machine, world, preview, folder, fits)
