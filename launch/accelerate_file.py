@@ -362,6 +362,7 @@ def launcher_contradictions(environ: Mapping[str, str], decided: Mapping[str, tu
         if problem:
             lines.append(
                 f"{variable} = {shown(value)}: {problem[0]}; change {key} in the configuration of `accelerate launch` "
-                "(where no --config_file is given, that is accelerate/default_config.yaml in the Hugging Face cache)"
+                "(where no --config_file is given, that is accelerate/default_config.yaml in the Hugging Face cache), "
+                "or unset the variable"
             )
     return lines

@@ -19,7 +19,7 @@ from launch.accelerate_file import (
     read_accelerate_file,
     strategy_of_accelerate,
 )
-from launch.config import DEFAULT, Loaded, shown
+from launch.config import DEFAULT, Loaded
 from launch.deepspeed_file import complete, read_deepspeed_file, strategy_of_deepspeed
 from launch.errors import ConfigError, TopologyError
 from launch.source import Layer
@@ -55,7 +55,7 @@ def read_outside(loaded: Loaded, world: World) -> Outside:
     for first, other in pairwise(named):
         if first.path.resolve() != other.path.resolve():
             raise ConfigError(
-                f"{first}: is another DeepSpeed file than {other.key} = {shown(str(other.path))} ({other.place}); "
+                f"{first}: is another DeepSpeed file than {other.key} = {other.path} ({other.place}); "
                 "name the same in both, or only one"
             )
     deepspeed = read_deepspeed_file(named[0].path) if named else None
@@ -71,7 +71,7 @@ class _Named:
     path: Path
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.key} = {shown(str(self.path))}"
+        return f"{self.place}: {self.key} = {self.path}"
 
 
 def _deepspeed_files(loaded: Loaded, accelerate: Layer | None, world: World) -> Iterator[_Named]:
@@ -88,7 +88,7 @@ def _deepspeed_files(loaded: Loaded, accelerate: Layer | None, world: World) -> 
 def _existing(loaded: Loaded, key: str, path: str) -> Path:
     if not Path(path).exists():
         raise ConfigError(
-            f"{loaded.place(key)}: {key} = {shown(path)}: no such file; a path in a run file starts beside it, one on "
+            f"{loaded.place(key)}: {key} = {path}: no such file; a path in a run file starts beside it, one on "
             "the command line where you stand"
         )
     return Path(path)
@@ -186,7 +186,7 @@ def agreed(plan: Plan, loaded: Loaded, outside: Outside) -> dict[str, Any] | Non
     if plan.deepspeed is None:
         key = "parallel.deepspeed_config"
         raise TopologyError(
-            f"{loaded.place(key)}: {key} = {shown(outside.deepspeed.source)}: the strategy is "
+            f"{loaded.place(key)}: {key} = {outside.deepspeed.source}: the strategy is "
             f"{plan.processes.strategy}, not one of DeepSpeed's; set parallel.strategy to zero1, zero2 or zero3, or "
             "zero_optimization.stage in the file"
         )

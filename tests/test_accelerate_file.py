@@ -624,7 +624,7 @@ def test_a_worker_started_with_a_file_we_ship_finds_no_contradiction(
 
 CHANGE = (
     "in the configuration of `accelerate launch` (where no --config_file is given, that is "
-    "accelerate/default_config.yaml in the Hugging Face cache)"
+    "accelerate/default_config.yaml in the Hugging Face cache), or unset the variable"
 )
 
 
