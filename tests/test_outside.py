@@ -14,16 +14,18 @@ import yaml
 from typer.testing import CliRunner
 
 from launch.assets import shipped_folder
+from launch.cache import Cache
 from launch.cli import app
 from launch.config import load
 from launch.errors import ConfigError, LaunchError, TopologyError
+from launch.fitting import Fits, question, remember
 from launch.outside import read_outside, refuse_another
 from launch.parity import cases, compare
 from launch.plan import Decided, decide
 from launch.record import create_run_folder
 from launch.render import deepspeed_config
 from launch.strategy import Strategy
-from launch.topology import Machine, World, read_world
+from launch.topology import Machine, World, cache_folder, read_world
 from launch.twin import decide_twin
 from tests.test_accelerate_file import CHANGE, environment_of
 
@@ -100,6 +102,7 @@ def test_what_the_run_file_states_is_not_taken_over_but_must_agree() -> None:
     found = decided(ACCELERATE, "parallel.strategy=fsdp2", "parallel.devices=4")
     assert found.plan.processes.world_size == 4
     assert found.loaded.origin("parallel.strategy") == "command line"
+    assert decided(ACCELERATE, machine=GPUS).plan.processes.world_size == GPUS.gpus, "-1 leaves it open"
 
 
 def test_the_cpu_is_taken_over() -> None:
@@ -118,7 +121,6 @@ def test_several_machines_are_taken_over_and_then_need_a_launcher() -> None:
     write("mine.yaml", "distributed_type: MULTI_GPU\nnum_processes: 4\nnum_machines: 2\n")
     said = refusal(ACCELERATE)
     assert said.startswith("mine.yaml:3: parallel.nodes = 2: `shoal run` starts the processes of one machine; ")
-    write("mine.yaml", "distributed_type: MULTI_GPU\nnum_processes: 4\nnum_machines: 2\n")
     assert refusal(ACCELERATE, "parallel.nodes=1").splitlines() == [
         "mine.yaml:3: num_machines = 2: the plan decides it: 1 (parallel.nodes, command line); state the same in both, "
         "or leave it out"
@@ -206,6 +208,16 @@ def test_a_stage_left_to_the_run_file() -> None:
     result = decided(DEEPSPEED, "parallel.devices=2", "parallel.strategy=zero3").plan.deepspeed
     assert result is not None
     assert result["zero_optimization"]["stage"] == 3
+
+
+def test_a_micro_batch_size_that_fits_is_remembered_for_the_buffers_it_was_found_with() -> None:
+    overrides = [DEEPSPEED, "parallel.devices=2", "train.micro_batch_size=auto"]
+    for bucket in (5, 6):
+        write("mine.json", {"zero_optimization": {"stage": 2, "reduce_bucket_size": bucket}})
+        plan = decided(*overrides).plan
+        assert plan.batch.candidates == (1, 2, 4)
+        remember(Cache(cache_folder()), question(plan), Fits(bucket - 4, 2 * (bucket - 4)))
+        assert decided(*overrides).plan.batch.micro_batch_size == bucket - 4
 
 
 # --- contradictions --------------------------------------------------------------------------------------
