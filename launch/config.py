@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
+from launch.dotted import NOTHING, get
 from launch.errors import ConfigError
 from launch.secret import is_secret_key, is_secret_value
 from launch.source import COMMAND_LINE, Layer, merge, read_overrides, read_run_file, write_yaml
@@ -193,7 +194,7 @@ class Loaded:
 
     def place(self, key: str) -> str:
         """Where `key` was stated, or the nearest section above it; "default" where nowhere."""
-        return place_of(self.layer, tuple(key.split(".")))
+        return place_of(self.layer, key)
 
     def origin(self, key: str) -> str:
         """Where the value of `key` comes from: "default" unless the key itself was stated."""
@@ -267,10 +268,11 @@ def refuse_unrecordable(layer: Layer) -> None:
 
 def _secrets(values: Any, layer: Layer, keys: tuple[str, ...] = ()) -> Iterator[str]:
     """One line per value that looks like a secret; the value is never shown."""
+    dotted = ".".join(keys)
     named = bool(keys) and is_secret_key(keys[-1]) and values not in (None, "", [], {})
     if named or (isinstance(values, str) and is_secret_value(values)):
         yield (
-            f"{place_of(layer, keys)}: {'.'.join(keys)}: looks like a secret (value not shown); a run file and a "
+            f"{place_of(layer, dotted)}: {dotted}: looks like a secret (value not shown); a run file and a "
             "command line are recorded, so put it into the environment instead (HF_TOKEN, WANDB_API_KEY, …)"
         )
     elif isinstance(values, dict):
@@ -283,14 +285,15 @@ def _secrets(values: Any, layer: Layer, keys: tuple[str, ...] = ()) -> Iterator[
 
 def _unrecordable(values: Any, layer: Layer, keys: tuple[str, ...] = ()) -> Iterator[str]:
     """One line per value that JSON and a log cannot hold."""
-    head = f"{place_of(layer, keys)}: {'.'.join(keys)} = {shown(values)}: "
+    key = ".".join(keys)
+    head = f"{place_of(layer, key)}: {key} = {shown(values)}: "
     if isinstance(values, float) and not math.isfinite(values):
         yield head + "must be a finite number"
     elif isinstance(values, str) and not _is_unicode(values):
         yield head + "must be valid Unicode text; rename the file, if it is one"
     elif isinstance(values, dict):
-        for key, value in values.items():
-            yield from _unrecordable(value, layer, (*keys, key))
+        for name, value in values.items():
+            yield from _unrecordable(value, layer, (*keys, name))
     elif isinstance(values, list):
         for value in values:
             yield from _unrecordable(value, layer, keys)
@@ -386,9 +389,10 @@ def _message(
     keys = (*start, *location)
     dotted = ".".join(keys)
     if details["type"] == "missing":
-        place = place_of(layer, keys)
+        place = place_of(layer, dotted)
         return f"{layer.source if place == DEFAULT else place}: {dotted}: ", "must be set"
-    head = f"{place_of(layer, keys)}: {dotted} = {shown(_stated(layer, keys, details['input']))}: "
+    stated = get(layer.values, dotted)  # as it was written: a check may have changed it before it failed
+    head = f"{place_of(layer, dotted)}: {dotted} = {shown(details['input'] if stated is NOTHING else stated)}: "
     if details["type"] == "extra_forbidden":
         return head, _unknown_key(model, location, start, root)
     if details["type"] in _TYPE_NAMES:
@@ -396,16 +400,6 @@ def _message(
     text = details["msg"].removeprefix("Value error, ")
     text = re.sub(r"^Input should be ", "must be ", text)
     return head, text[:1].lower() + text[1:]
-
-
-def _stated(layer: Layer, keys: tuple[str, ...], otherwise: Any) -> Any:
-    """The value as it was written, where a check has changed it (to another case) before it failed."""
-    value: Any = layer.values
-    for key in keys:
-        if not isinstance(value, dict) or key not in value:
-            return otherwise
-        value = value[key]
-    return value
 
 
 def _quoting_hint(details: ErrorDetails) -> str:
@@ -474,12 +468,12 @@ def nearest_key(key: str, siblings: list[str], everywhere: list[str]) -> str | N
     return close[0] if close else None
 
 
-def place_of(layer: Layer, keys: tuple[str, ...]) -> str:
+def place_of(layer: Layer, key: str) -> str:
     """Where a key is stated; else a key within it; else the nearest section around it; else "default"."""
-    dotted = ".".join(keys)
-    within = (place for key, place in layer.places.items() if key.startswith(f"{dotted}."))
-    around = (layer.places.get(".".join(keys[:length])) for length in range(len(keys) - 1, 0, -1))
-    return layer.places.get(dotted) or next(within, None) or next(filter(None, around), DEFAULT)
+    within = (place for other, place in layer.places.items() if other.startswith(f"{key}."))
+    names = key.split(".")
+    around = (layer.places.get(".".join(names[:length])) for length in range(len(names) - 1, 0, -1))
+    return layer.places.get(key) or next(within, None) or next(filter(None, around), DEFAULT)
 
 
 def shown(value: Any) -> str:

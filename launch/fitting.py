@@ -45,6 +45,7 @@ def question(plan: Plan) -> dict[str, Any]:
         "recipe_args": config.recipe_args,
         "train": train,
         "strategy": processes.strategy,
+        "zero_optimization": (plan.deepspeed or {}).get("zero_optimization"),  # buffers are among what a user may set
         # Where weights are sharded, each process holds less of them the more there are.
         "processes": processes.world_size if processes.strategy.shards else None,
         "device": [processes.device, processes.device_name, processes.memory_bytes],

@@ -1,13 +1,14 @@
 """What a user's Accelerate YAML and DeepSpeed JSON, or `accelerate launch` itself, say of a run.
 
-Where the run file is silent, the strategy and the number of processes are taken from them; all else must agree with
-the plan. Whatever DeepSpeed's file says beyond the plan is passed on.
+Where the run file is silent, the strategy and the devices are taken from them; all else must agree with the plan.
+Whatever DeepSpeed's file says beyond the plan is passed on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from launch.accelerate_file import (
     read_accelerate_file,
     strategy_of_accelerate,
 )
-from launch.config import Loaded
+from launch.config import DEFAULT, Loaded
 from launch.deepspeed_file import complete, read_deepspeed_file, strategy_of_deepspeed
 from launch.errors import ConfigError, TopologyError
 from launch.source import Layer
@@ -31,44 +32,89 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outside:
-    """The files of other launchers, read and checked, and the variables that one has set."""
+    """The files of other launchers, read and checked, and the world that one has made."""
 
     accelerate: Layer | None
     deepspeed: Layer | None
-    variables: Mapping[str, str]
+    deepspeed_named_at: str
+    """Where the DeepSpeed file is named."""
+    world: World
 
 
 def read_outside(loaded: Loaded, world: World) -> Outside:
     """Read the files that the run file names, or the DeepSpeed file that `accelerate launch` was given.
 
     Raises:
-        ConfigError: one cannot be read, or one line for each key that is wrong in it.
+        ConfigError: one cannot be read, several DeepSpeed files are named, or one line for each key that is wrong.
     """
     parallel = loaded.config.parallel
-    accelerate = read_accelerate_file(Path(parallel.accelerate_config)) if parallel.accelerate_config else None
-    named = deepspeed_file_of(accelerate, Path(parallel.accelerate_config or "")) if accelerate else None
-    files = {
-        loaded.place("parallel.deepspeed_config"): parallel.deepspeed_config,
-        f"{parallel.accelerate_config}": str(named.absolute()) if named else None,
-        "`accelerate launch`": world.deepspeed_file,
-    }
-    stated = {place: file for place, file in files.items() if file}
-    if len(set(stated.values())) > 1:
-        named_by = ", ".join(f"{file} ({place})" for place, file in stated.items())
-        raise ConfigError(f"several DeepSpeed files are named: {named_by}; name one")
-    deepspeed = read_deepspeed_file(Path(next(iter(stated.values())))) if stated else None
-    return Outside(accelerate, deepspeed, {} if accelerate else world.variables)
+    accelerate = None
+    if parallel.accelerate_config:
+        accelerate = read_accelerate_file(_existing(loaded, "parallel.accelerate_config", parallel.accelerate_config))
+    named = list(_deepspeed_files(loaded, accelerate, world))
+    for first, other in pairwise(named):
+        if first.path.resolve() != other.path.resolve():
+            raise ConfigError(
+                f"{first}: is another DeepSpeed file than {other.key} = {other.path} ({other.place}); "
+                "name the same in both, or only one"
+            )
+    deepspeed = read_deepspeed_file(named[0].path) if named else None
+    return Outside(accelerate, deepspeed, named[0].place if named else DEFAULT, world)
 
 
-def take_over(loaded: Loaded, outside: Outside, world: World) -> Loaded:
-    """The configuration, with strategy and devices from `outside` where it leaves them open.
+@dataclass(frozen=True)
+class _Named:
+    """A DeepSpeed file, and where it is named."""
+
+    place: str
+    key: str
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.key} = {self.path}"
+
+
+def _deepspeed_files(loaded: Loaded, accelerate: Layer | None, world: World) -> Iterator[_Named]:
+    key, stated = "parallel.deepspeed_config", loaded.config.parallel.deepspeed_config
+    if stated:
+        yield _Named(loaded.place(key), key, _existing(loaded, key, stated))
+    if accelerate and (path := deepspeed_file_of(accelerate, Path(accelerate.source))):
+        key = "deepspeed_config.deepspeed_config_file"
+        yield _Named(accelerate.places[key], key, path.absolute())
+    if world.deepspeed_file:
+        yield _Named("`accelerate launch`", "deepspeed_config_file", Path(world.deepspeed_file))
+
+
+def _existing(loaded: Loaded, key: str, path: str) -> Path:
+    if not Path(path).exists():
+        raise ConfigError(
+            f"{loaded.place(key)}: {key} = {path}: no such file; a path in a run file starts beside it, one on "
+            "the command line where you stand"
+        )
+    return Path(path)
+
+
+# --- what is taken over ----------------------------------------------------------------------------------
+
+
+def take_over(loaded: Loaded, outside: Outside) -> Loaded:
+    """The configuration, with strategy, DeepSpeed file and devices from `outside` where it leaves them open.
 
     Raises:
-        ConfigError: both state a strategy, and not the same one.
+        ConfigError: the two files ask for different strategies, or the DeepSpeed file for none.
+        TopologyError: the run file states another strategy.
     """
-    for strategy, place in _strategies(outside):
-        loaded = _with_strategy(loaded, strategy, place)
-    if outside.accelerate and not world.launched:
+    found = list(_strategies(outside))
+    for (one, here), (other, there) in pairwise(found):
+        if one != other:
+            raise ConfigError(f"{here}: asks for {one}, but {there} asks for {other}; let both ask for the same")
+    if found:
+        loaded = _with_strategy(loaded, *found[-1])
+    if outside.deepspeed:
+        loaded = loaded.with_parallel("deepspeed_config", outside.deepspeed.source, outside.deepspeed_named_at)
+    if loaded.config.parallel.device == "auto" and (place := _on_cpu(outside)):
+        loaded = loaded.with_parallel("device", "cpu", place)
+    if outside.accelerate and not outside.world.launched:
         loaded = _with_devices(loaded, outside.accelerate)
     return loaded
 
@@ -77,12 +123,14 @@ def _strategies(outside: Outside) -> Iterator[tuple[Strategy, str]]:
     if outside.accelerate and (strategy := strategy_of_accelerate(outside.accelerate)):
         yield strategy, outside.accelerate.places["distributed_type"]
     if outside.deepspeed:
-        strategy = strategy_of_deepspeed(outside.deepspeed)
-        place = outside.deepspeed.places.get("zero_optimization.stage", outside.deepspeed.source)
-        if strategy:
-            yield strategy, place
-        elif "zero_optimization.stage" not in outside.deepspeed.places:
-            raise ConfigError(f"{place}: zero_optimization.stage: must be set, to 1, 2 or 3")
+        key = "zero_optimization.stage"
+        if key not in outside.deepspeed.places:
+            raise ConfigError(
+                f'{outside.deepspeed.source}: {key}: must be set, to 1, 2 or 3, or to "auto" where parallel.strategy '
+                "says it"
+            )
+        if strategy := strategy_of_deepspeed(outside.deepspeed):
+            yield strategy, outside.deepspeed.places[key]
 
 
 def _with_strategy(loaded: Loaded, strategy: Strategy, place: str) -> Loaded:
@@ -91,18 +139,31 @@ def _with_strategy(loaded: Loaded, strategy: Strategy, place: str) -> Loaded:
         return loaded.with_parallel("strategy", str(strategy), place)
     if stated != strategy:
         raise TopologyError(
-            f"{loaded.place(key)}: {key} = {stated}, but {place} asks for {strategy}; state the same in both, or leave "
+            f"{loaded.place(key)}: {key} = {stated}: {place} asks for {strategy}; state the same in both, or leave "
             f"{key} out"
         )
     return loaded
 
 
+def _on_cpu(outside: Outside) -> str | None:
+    """Where the CPU is asked for."""
+    if outside.accelerate and outside.accelerate.values.get("use_cpu"):
+        return outside.accelerate.places["use_cpu"]
+    stated = outside.world.variables.get("ACCELERATE_USE_CPU", "").lower()
+    return "`accelerate launch`" if stated in ("true", "1", "yes") else None
+
+
 def _with_devices(loaded: Loaded, accelerate: Layer) -> Loaded:
-    size, nodes = accelerate.values.get("num_processes"), accelerate.values.get("num_machines") or 1
+    machines = accelerate.values.get("num_machines")
+    if machines and machines > 1 and loaded.origin("parallel.nodes") == DEFAULT:
+        loaded = loaded.with_parallel("nodes", machines, accelerate.places["num_machines"])
+    size, nodes = accelerate.values.get("num_processes"), loaded.config.parallel.nodes
     if loaded.config.parallel.devices != "auto" or not size or size == -1 or size % nodes:
         return loaded
-    loaded = loaded.with_parallel("devices", size // nodes, accelerate.places["num_processes"])
-    return loaded.with_parallel("nodes", nodes, accelerate.places["num_machines"]) if nodes > 1 else loaded
+    return loaded.with_parallel("devices", size // nodes, accelerate.places["num_processes"])
+
+
+# --- what must agree -------------------------------------------------------------------------------------
 
 
 def agreed(plan: Plan, loaded: Loaded, outside: Outside) -> dict[str, Any] | None:
@@ -110,29 +171,56 @@ def agreed(plan: Plan, loaded: Loaded, outside: Outside) -> dict[str, Any] | Non
 
     Raises:
         ConfigError: one line for each value that contradicts the plan, naming both places.
+        TopologyError: there is a DeepSpeed file, but another strategy.
     """
-    problems = []
-    if outside.accelerate:
-        problems += contradictions(outside.accelerate, _decided(plan, loaded))
-    problems += launcher_contradictions(outside.variables, _decided(plan, loaded))
+    decided = _decided(plan, loaded.origin)
+    if outside.world.launched:
+        decided["num_processes"] = (plan.processes.world_size, "the launcher started them")
+    problems = contradictions(outside.accelerate, decided) if outside.accelerate else []
+    # A worker's variables say what its file says: once is enough.
+    problems = problems or launcher_contradictions(outside.world.variables, decided)
     if problems:
         raise ConfigError("\n".join(problems))
     if outside.deepspeed is None:
         return plan.deepspeed
     if plan.deepspeed is None:
-        place = loaded.place("parallel.deepspeed_config")
+        key = "parallel.deepspeed_config"
         raise TopologyError(
-            f"{place}: a DeepSpeed file is given, but the strategy is {plan.processes.strategy}; set "
-            "parallel.strategy to zero1, zero2 or zero3, or zero_optimization.stage in the file"
+            f"{loaded.place(key)}: {key} = {outside.deepspeed.source}: the strategy is "
+            f"{plan.processes.strategy}, not one of DeepSpeed's; set parallel.strategy to zero1, zero2 or zero3, or "
+            "zero_optimization.stage in the file"
         )
     return complete(outside.deepspeed, plan.deepspeed, _because(plan, loaded))
 
 
-def _decided(plan: Plan, loaded: Loaded) -> dict[str, tuple[Any, str]]:
+def refuse_another(plan: Plan, folder: Path, world: World) -> None:
+    """See that a launcher which starts the run of `folder` asks for nothing but its plan.
+
+    Raises:
+        ConfigError: one line for each value that contradicts it.
+        TopologyError: it was configured for another strategy.
+    """
+    own = folder / "deepspeed.json"
+    if world.deepspeed_file and Path(world.deepspeed_file).resolve() != own.resolve():
+        raise ConfigError(
+            f"{folder}: a run folder is decided, DeepSpeed's configuration too; {world.deepspeed_file} goes with a run "
+            "file"
+        )
+    if world.strategy and world.strategy != plan.processes.strategy:
+        raise TopologyError(
+            f"{folder}: the strategy is {plan.processes.strategy}, but the launcher was configured for "
+            f"{world.strategy}; start it with {folder}/accelerate.yaml"
+        )
+    problems = launcher_contradictions(world.variables, _decided(plan, lambda _: f"{folder}/run.yaml"))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _decided(plan: Plan, place: Callable[[str], str]) -> dict[str, tuple[Any, str]]:
     """For keys of Accelerate's configuration, the value that the plan implies, and why."""
 
     def by(key: str) -> str:
-        return f"{key}, {loaded.origin(key)}"
+        return f"{key}, {place(key)}"
 
     train, processes, strategy = plan.config.train, plan.processes, plan.processes.strategy
     decided: dict[str, tuple[Any, str]] = {
@@ -149,6 +237,11 @@ def _decided(plan: Plan, loaded: Loaded) -> dict[str, tuple[Any, str]]:
     }
     if processes.device != "cpu":
         decided["use_cpu"] = (False, by("parallel.device"))
+    if strategy.shards:
+        decided["distributed_type"] = (
+            "FSDP" if strategy.kind == "fsdp2" else "DEEPSPEED",
+            by("parallel.strategy"),
+        )
     if strategy.kind == "fsdp2":
         decided["fsdp_config.fsdp_offload_params"] = (strategy.offload, by("parallel.strategy"))
     return decided

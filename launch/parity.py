@@ -144,6 +144,7 @@ def compare(
 def _run(file: str, overrides: list[str], strategy: Strategy, size: int, folder: Path) -> str:
     """Do one run; what went wrong, or nothing."""
     stated = [*overrides, f"parallel.strategy={strategy}", f"parallel.devices={size}", "parallel.nodes=1"]
+    stated += ["parallel.accelerate_config=null", "parallel.deepspeed_config=null"]  # which are for one strategy each
     try:
         plan = decide(file, stated, folder, World()).plan
         ending = local.run(plan, create_run_folder(plan))

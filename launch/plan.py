@@ -123,11 +123,15 @@ def decide(file: str, overrides: list[str], out: Path | None, world: World, mach
     folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
     machine = machine or read_machine()
     outside = read_outside(loaded, world)
-    loaded = take_over(loaded, outside, world)
-    plan = make_plan(loaded, machine, world, preview, folder)
-    if plan.batch.candidates and (fits := recall(cache, question(plan))):
+    loaded = take_over(loaded, outside)
+
+    def planned(fits: Fits | None) -> Plan:
         plan = make_plan(loaded, machine, world, preview, folder, fits)
-    plan = plan.model_copy(update={"deepspeed": agreed(plan, loaded, outside)})
+        return plan.model_copy(update={"deepspeed": agreed(plan, loaded, outside)})
+
+    plan = planned(None)
+    if plan.batch.candidates and (fits := recall(cache, question(plan))):
+        plan = planned(fits)
     if plan.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         raise TopologyError(
             f"{loaded.place('parallel.strategy')}: parallel.strategy = {plan.processes.strategy}: the package "

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from launch.dotted import NOTHING, drop, get, put
 from launch.errors import ConfigError
 from launch.secret import without_secrets
 
@@ -171,24 +172,17 @@ def read_overrides(overrides: list[str]) -> Layer:
     layer = Layer()
     for item in overrides:
         key, equals, text = item.partition("=")
-        parts = key.split(".")
-        if not equals or not all(parts):
+        if not equals or not all(key.split(".")):
             raise ConfigError(
                 f"{COMMAND_LINE}: {without_secrets(item)!r} is not an override; write section.key=value, "
                 "for example train.max_steps=20"
             )
-        target = layer.values
-        for part in parts[:-1]:
-            inner = target.setdefault(part, {})
-            if not isinstance(inner, dict):
-                inner = target[part] = {}
-            target = inner
-        layer.places[key] = COMMAND_LINE
         try:
-            target[parts[-1]], inner_keys = _read_value(text)
-            layer.places.update({f"{key}.{inner}": COMMAND_LINE for inner in inner_keys})
+            value, inner_keys = _read_value(text)
         except _NotPlainData as error:
             raise ConfigError(f"{COMMAND_LINE}: {without_secrets(item)!r}: the value is {error}") from None
+        put(layer.values, key, value)
+        layer.places.update(dict.fromkeys((key, *(f"{key}.{inner}" for inner in inner_keys)), COMMAND_LINE))
     return layer
 
 
@@ -309,12 +303,12 @@ def merge(lower: Layer, upper: Layer, exclusive: tuple[tuple[str, ...], ...] = (
     values = _merged(lower.values, upper.values)
     places = {**lower.places, **upper.places}
     for group in exclusive:
-        stated_above = [key for key in group if _find(upper.values, key) is not None]
+        stated_above = [key for key in group if get(upper.values, key) not in (NOTHING, None)]
         if not stated_above:
             continue
         for key in group:
             if key not in stated_above and key in lower.places:
-                _remove(values, key.split("."))
+                drop(values, key)
                 del places[key]
     return Layer(values, places, lower.source)
 
@@ -325,18 +319,6 @@ def _merged(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return result
-
-
-def _find(values: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
-
-
-def _remove(values: dict[str, Any], keys: list[str]) -> None:
-    for key in keys[:-1]:
-        values = values[key]
-    values.pop(keys[-1], None)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -108,9 +108,10 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
         TopologyError: one of them is there without the others, or is not a number.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    variables = {name: environ[name] for name in stray_variables(environ)}
     stated = {name: environ[name] for name in names if environ.get(name)}
     if "RANK" not in stated and "WORLD_SIZE" not in stated:
-        return World()
+        return World(variables=variables)
     missing = [name for name in names if name not in stated]
     if missing:
         raise TopologyError(
@@ -136,25 +137,21 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
         launched=True,
         strategy=_configured_strategy(environ),
         deepspeed_file=_deepspeed_file(environ),
-        variables={name: environ[name] for name in stray_variables(environ)},
+        variables=variables,
     )
 
 
 def _configured_strategy(environ: Mapping[str, str]) -> Strategy | None:
     """The strategy that `accelerate launch` passes on by its variables (accelerate 1.15, utils/launch.py)."""
-
-    def on(name: str) -> bool:
-        return environ.get(name, "").lower() in ("1", "true", "yes")
-
-    if on("ACCELERATE_USE_FSDP"):
+    if _is_on("ACCELERATE_USE_FSDP", environ):
         version = environ.get("FSDP_VERSION", "1")
         if version != "2":
             raise TopologyError(
                 f"`accelerate launch` was configured for FSDP version {version}, which loses its optimizer state on "
                 "resuming; use fsdp_version: 2, as in accelerate_configs/fsdp2.yaml"
             )
-        return Strategy.FSDP2_OFFLOAD if on("FSDP_OFFLOAD_PARAMS") else Strategy.FSDP2
-    if on("ACCELERATE_USE_DEEPSPEED"):
+        return Strategy.FSDP2_OFFLOAD if _is_on("FSDP_OFFLOAD_PARAMS", environ) else Strategy.FSDP2
+    if _is_on("ACCELERATE_USE_DEEPSPEED", environ):
         if _deepspeed_file(environ):
             return None  # the file says it
         stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
@@ -174,7 +171,13 @@ def _configured_strategy(environ: Mapping[str, str]) -> Strategy | None:
 
 def _deepspeed_file(environ: Mapping[str, str]) -> str | None:
     stated = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    return None if stated in ("", "none") else str(Path(stated).absolute())
+    if stated in ("", "none") or not _is_on("ACCELERATE_USE_DEEPSPEED", environ):
+        return None
+    return str(Path(stated).absolute())
+
+
+def _is_on(name: str, environ: Mapping[str, str]) -> bool:
+    return environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -196,7 +199,7 @@ def is_supervised(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("SHOAL_SUPERVISED") == "1"
 
 
-_LAUNCHERS_OWN = re.compile(r"(ACCELERATE|FSDP|DEEPSPEED|DS)_")
+_LAUNCHERS_OWN = re.compile(r"(ACCELERATE|FSDP|DEEPSPEED|DS|PARALLELISM_CONFIG)_")
 
 
 def stray_variables(environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launch.cache import Cache
 from launch.errors import INTERRUPTED, ConfigError, ExportError, LaunchError, MemoryExhaustedError, TopologyError
 from launch.fitting import TRIALS, advice
+from launch.outside import refuse_another
 from launch.plan import Plan, decide, python_environment
 from launch.recipe import Prepared, Progress, RecipeContext
 from launch.record import create_run_folder, read_plan, summary, write_json
@@ -119,6 +120,7 @@ def begin(arguments: argparse.Namespace, world: World) -> Start:
             f"rank {world.rank} finds itself in a world of {world.size}, but {given}/plan.json was made for "
             f"{plan.processes.world_size}; start it with the command recorded there, or plan a new run"
         )
+    refuse_another(plan, given, world)
     return Start(plan, recipe_of(plan.config), world, given, arguments.trials)
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.config import ParallelSection, RunConfig, load
+from launch.config import Loaded, ParallelSection, RunConfig, load
 from launch.errors import ConfigError, LaunchError
+from launch.outside import read_outside, take_over
 from launch.plan import Decided, Plan, as_json, decide
 from launch.registry import find_run_file
 from launch.strategy import Strategy
@@ -43,7 +44,7 @@ def decide_twin(file: str, overrides: list[str], out: Path | None, processes: in
     Raises:
         LaunchError: the twin cannot be; nothing was started or written.
     """
-    here, config = read_machine(), load(find_run_file(file), overrides).config
+    here, config = read_machine(), _with_outside(load(find_run_file(file), overrides)).config
     target = assume(config.parallel, here, processes)
     original = _plan_or_reason(file, overrides, out, target)
     if isinstance(original, Plan):
@@ -53,6 +54,11 @@ def decide_twin(file: str, overrides: list[str], out: Path | None, processes: in
     return Twin(
         twin, [f"CPU twin of this run, strategy {twin.plan.processes.strategy}", *_told(original, target, twin)]
     )
+
+
+def _with_outside(loaded: Loaded) -> Loaded:
+    """With what the files of other launchers say of the run itself."""
+    return take_over(loaded, read_outside(loaded, World()))
 
 
 def _plan_or_reason(file: str, overrides: list[str], out: Path | None, target: Target) -> Plan | str:
@@ -110,14 +116,17 @@ def _check_is_possible(original: Plan, processes: int) -> None:
 
 
 def changes(config: RunConfig, original: Plan | None, processes: int) -> list[str]:
-    """The overrides that make a run its twin."""
+    """The overrides that make a run its twin; `config` holds what the files of other launchers say of the run."""
     stated = ["parallel.device=cpu", f"parallel.devices={processes}", "parallel.nodes=1"]
     if original is not None and processes == 1:  # where `auto` would mean another strategy
         stated.append(f"parallel.strategy={original.processes.strategy}")
-    if config.parallel.accelerate_config:  # which states the devices of the run itself
+    if config.parallel.accelerate_config:  # which states the devices of the run itself; all else of it is in `config`
         stated.append("parallel.accelerate_config=null")
-        if original is not None and processes > 1:
-            stated.append(f"parallel.strategy={original.processes.strategy}")
+        stated += [
+            f"parallel.{name}={value}"
+            for name in ("strategy", "deepspeed_config")
+            if (value := getattr(config.parallel, name)) not in ("auto", None)
+        ]
     if config.train.precision == "fp16":  # only a GPU computes in it
         stated.append("train.precision=fp32")
     return stated

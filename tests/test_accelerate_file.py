@@ -19,22 +19,16 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from torch.distributed.fsdp import BackwardPrefetch, ShardingStrategy, StateDictType
 
 from launch.accelerate_file import (
-    _PREFIXED,
     _TAKEN,
     UNSTATED,
     VARIABLES,
-    AccelerateFile,
-    Backend,
-    Distributed,
-    Prefetch,
-    Sharding,
-    StateDict,
     contradictions,
     deepspeed_file_of,
     launcher_contradictions,
     read_accelerate_file,
     strategy_of_accelerate,
 )
+from launch.accelerate_keys import PREFIXED, AccelerateFile, Backend, Distributed, Prefetch, Sharding, StateDict
 from launch.assets import shipped_folder
 from launch.config import describe, section_of
 from launch.errors import ConfigError
@@ -90,7 +84,7 @@ def arguments_of(section: str) -> set[str]:
 def asked_by_the_questionnaire(section: str) -> set[str]:
     """What `accelerate config` writes into a section, under full names."""
     found = set(re.findall(rf'\b{section}\[(?:prefix \+ )?"(\w+)"\]', inspect.getsource(cluster)))
-    prefix, _ = _PREFIXED.get(section, (f"{section}_" if "parallelism" in section else "megatron_lm_", None))
+    prefix, _ = PREFIXED.get(section, (f"{section}_" if "parallelism" in section else "megatron_lm_", None))
     if section in ("deepspeed_config", "mpirun_config"):
         return found
     return {name if name.startswith(prefix) else prefix + name for name in found}
@@ -303,7 +297,7 @@ def known(path: tuple[str, ...]) -> bool:
     """Whether there is such a key; in some sections the prefix may be left out."""
     if len(path) == 1:
         return path[0] in AccelerateFile.model_fields
-    prefix, _ = _PREFIXED.get(path[0], ("", None))
+    prefix, _ = PREFIXED.get(path[0], ("", None))
     return {path[1], prefix + path[1]} & SECTIONS[path[0]] != set()
 
 
@@ -441,6 +435,8 @@ DECIDED = {
     "fsdp_config.fsdp_offload_params": (False, "parallel.strategy = fsdp2, run.yaml:3"),
     "fsdp_config.fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", "parallel.strategy = fsdp2, run.yaml:3"),
     "fsdp_config.fsdp_state_dict_type": ("SHARDED_STATE_DICT", "parallel.strategy = fsdp2, run.yaml:3"),
+    "dynamo_config.dynamo_backend": ("no", "train.compile, default"),
+    "fsdp_config.fsdp_activation_checkpointing": (False, "train.activation_checkpointing, run.yaml:8"),
     "deepspeed_config.gradient_accumulation_steps": (2, "train.micro_batch_size, run.yaml:9"),
     "deepspeed_config.gradient_clipping": (1.0, "train.max_grad_norm, default"),
 }
@@ -464,17 +460,17 @@ CONTRADICTIONS = [
     ("fsdp_config:\n  fsdp_state_dict_type: 1", "3: fsdp_config.fsdp_state_dict_type = 1: the plan decides it: "
      f'"SHARDED_STATE_DICT" (parallel.strategy = fsdp2, run.yaml:3); {STATE}'),
     ("fsdp_config:\n  fsdp_activation_checkpointing: true", "3: fsdp_config.fsdp_activation_checkpointing = true: "
-     "shoal keeps the activations; leave it out"),
-    ("dynamo_backend: inductor", '2: dynamo_config.dynamo_backend = "inductor": shoal does not compile the model; '
-     "leave it out"),
+     f"the plan decides it: false (train.activation_checkpointing, run.yaml:8); {STATE}"),
+    ("dynamo_backend: inductor", '2: dynamo_config.dynamo_backend = "inductor": the plan decides it: '
+     f'"no" (train.compile, default); {STATE}'),
     ("megatron_lm_config:\n  megatron_lm_tp_degree: 2", '2: megatron_lm_config = {"megatron_lm_tp_degree": 2}: shoal '
      "does not use Megatron-LM; use parallel.strategy; leave it out"),
     ("parallelism_config:\n  parallelism_config_tp_size: 2", "3: parallelism_config.parallelism_config_tp_size = 2: "
      "shoal shards over all processes and splits no model or sequence; use parallel.strategy; leave it out"),
     ("mpirun_config:\n  mpirun_hostfile: hosts", '2: mpirun_config = {"mpirun_hostfile": "hosts"}: shoal starts its '
      "processes without mpirun; leave it out"),
-    ("fp8_config: {backend: TE}", '2: fp8_config = {"fp8_backend": "TE"}: shoal trains in fp32 or bf16; use '
-     "train.precision; leave it out"),
+    ("fp8_config: {backend: TE}", '2: fp8_config = {"fp8_backend": "TE"}: shoal trains in fp32, bf16 or fp16; '
+     "use train.precision; leave it out"),
     ("tpu_use_cluster: true", "2: tpu_use_cluster = true: shoal starts no TPU pods; leave it out"),
 ]  # fmt: skip
 
@@ -488,7 +484,7 @@ def test_a_contradiction_names_both_places(tmp_path: Path, text: str, message: s
 def test_a_kind_of_processes_that_there_is_not(tmp_path: Path, kind: str) -> None:
     assert contradictions(read(tmp_path, f"distributed_type: {kind}"), {}) == [
         f'{tmp_path}/mine.yaml:1: distributed_type = "{kind}": shoal knows NO, MULTI_CPU, MULTI_GPU, FSDP and '
-        "DEEPSPEED; use one of them; leave it out"
+        "DEEPSPEED; state one of these"
     ]
 
 
@@ -628,7 +624,7 @@ def test_a_worker_started_with_a_file_we_ship_finds_no_contradiction(
 
 CHANGE = (
     "in the configuration of `accelerate launch` (where no --config_file is given, that is "
-    "accelerate/default_config.yaml in the Hugging Face cache)"
+    "accelerate/default_config.yaml in the Hugging Face cache), or unset the variable"
 )
 
 
@@ -642,14 +638,14 @@ def test_a_contradicting_variable_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert launcher_contradictions(environ, DECIDED) == [
         'ACCELERATE_MIXED_PRECISION = "fp16": the plan decides it: "bf16" (train.precision, default); change '
         f"mixed_precision {CHANGE}",
-        'ACCELERATE_DYNAMO_BACKEND = "INDUCTOR": shoal does not compile the model; change '
+        'ACCELERATE_DYNAMO_BACKEND = "INDUCTOR": the plan decides it: "no" (train.compile, default); change '
         f"dynamo_config.dynamo_backend {CHANGE}",
         'FSDP_OFFLOAD_PARAMS = "true": the plan decides it: false (parallel.strategy = fsdp2, run.yaml:3); change '
         f"fsdp_config.fsdp_offload_params {CHANGE}",
         'FSDP_RESHARD_AFTER_FORWARD = "false": shoal frees the gathered weights of a block after its use; change '
         f"fsdp_config.fsdp_reshard_after_forward {CHANGE}",
-        'FSDP_ACTIVATION_CHECKPOINTING = "true": shoal keeps the activations; change '
-        f"fsdp_config.fsdp_activation_checkpointing {CHANGE}",
+        'FSDP_ACTIVATION_CHECKPOINTING = "true": the plan decides it: false (train.activation_checkpointing, '
+        f"run.yaml:8); change fsdp_config.fsdp_activation_checkpointing {CHANGE}",
     ]
 
 

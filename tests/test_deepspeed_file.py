@@ -21,15 +21,8 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, ValidationError
 
 from launch.config import all_keys
-from launch.deepspeed_file import (
-    _ALWAYS,
-    _REFUSED,
-    DeepSpeedFile,
-    NumberFormat,
-    complete,
-    read_deepspeed_file,
-    strategy_of_deepspeed,
-)
+from launch.deepspeed_file import _ALWAYS, _REFUSED, complete, read_deepspeed_file, strategy_of_deepspeed
+from launch.deepspeed_keys import DeepSpeedFile, NumberFormat
 from launch.errors import ConfigError
 from launch.render import deepspeed_config
 from launch.strategy import Strategy
@@ -395,6 +388,7 @@ BECAUSE = {
     "gradient_clipping": "train.max_grad_norm, command line",
     "zero_optimization.stage": "parallel.strategy = zero2, run.yaml:3",
     "bf16.enabled": "train.precision, run.yaml:5",
+    "fp16.enabled": "train.precision, run.yaml:5",
 }
 
 
@@ -415,13 +409,16 @@ CONTRADICTIONS = [
      'state the same in both, or write "auto"'),
     ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer = false: shoal decides it: true; "
      "leave it out"),
-    ({"fp16": {"enabled": True}}, "fp16.enabled = true: must be false, because shoal trains in fp32 or bf16; use "
-     "train.precision; leave it out"),
+    ({"fp16": {"enabled": True}}, "fp16.enabled = true: the run file decides it: false (train.precision, run.yaml:5); "
+     'state the same in both, or write "auto"'),
+    ({"fp16": {"loss_scale": 128}}, "fp16.loss_scale = 128: shoal decides it: 0; leave it out"),
+    ({"fp16": {"min_loss_scale": 4}}, "fp16.min_loss_scale = 4: shoal decides it: 1; leave it out"),
+    ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow = false: must be true, because shoal stops "
+     "before a gradient that is not finite changes the weights; leave it out"),
     ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op = "sum": must be "mean", because shoal counts on '
      "gradients that are averaged over the processes; leave it out"),
-    ({"optimizer": {"type": "Adam"}}, 'optimizer = {"type": "Adam"}: shoal builds the optimizer (AdamW); use '
-     "train.learning_rate, train.weight_decay, train.adam_beta1, train.adam_beta2 and train.adam_epsilon; leave "
-     "optimizer out"),
+    ({"optimizer": {"type": "Adam"}}, 'optimizer = {"type": "Adam"}: shoal builds the optimizer; use '
+     "train.optimizer, train.learning_rate, train.weight_decay; leave optimizer out"),
     ({"scheduler": {"type": "WarmupLR"}}, 'scheduler = {"type": "WarmupLR"}: shoal sets the learning rate of every '
      "update; use train.schedule, and train.warmup_steps or train.warmup_ratio; leave scheduler out"),
     ({"wandb": {"enabled": True}}, 'wandb = {"enabled": true}: shoal records the run; use track.wandb and '
@@ -500,13 +497,12 @@ def test_auto_takes_what_is_decided_and_else_the_default_of_deepspeed(tmp_path: 
         "train_batch_size": "auto",
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": "auto", "loss_scale": "auto"},
+        "fp16": {"enabled": "auto", "loss_scale": "auto", "loss_scale_window": "auto"},
         "zero_optimization": zero,
     }
     result = completed(tmp_path, content)
     assert result == {
         **DECIDED,
-        "fp16": {"enabled": False},
         "zero_optimization": {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "none"}},
     }
 
@@ -516,6 +512,7 @@ def test_equal_values_and_what_is_nobodys_business_pass(tmp_path: Path) -> None:
         "train_batch_size": 32,
         "gradient_clipping": 1,
         "steps_per_print": 100,
+        "fp16": {"loss_scale": 0, "initial_scale_power": 8, "hysteresis": 2, "loss_scale_window": 500},
         "flops_profiler": {"enabled": True},
         "zero_optimization": {"stage": 2, "allgather_bucket_size": 2e8},
     }
@@ -523,6 +520,7 @@ def test_equal_values_and_what_is_nobodys_business_pass(tmp_path: Path) -> None:
     assert completed(tmp_path, content) == {
         **DECIDED,
         "steps_per_print": 100,
+        "fp16": {**DECIDED["fp16"], "initial_scale_power": 8, "hysteresis": 2, "loss_scale_window": 500},
         "flops_profiler": {"enabled": True},
         "zero_optimization": {"stage": 2, "allgather_bucket_size": 2e8},
     }

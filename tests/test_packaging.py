@@ -67,6 +67,7 @@ def test_the_wheel_holds_all_that_is_needed_and_nothing_else(wheel: Path) -> Non
         "recipes/causal_lm.py",
         "recipes/causal_lm.yaml",
         *(f"launch/_assets/{path.relative_to(ROOT)}" for path in ROOT.glob("accelerate_configs/*.yaml")),
+        *(f"launch/_assets/{path.relative_to(ROOT)}" for path in ROOT.glob("ds_configs/*.json")),
         f"shoal-{__version__}.dist-info/licenses/LICENSE",
         f"shoal-{__version__}.dist-info/entry_points.txt",
     }
