@@ -21,10 +21,11 @@ from launch import __version__, local
 from launch.cache import Cache
 from launch.config import Key, Loaded, RunConfig, describe, load
 from launch.errors import EXIT_CODES, ConfigError, LaunchError, MemoryExhaustedError, ParityError, StoppedError
+from launch.explain import explain
 from launch.fitting import Fits, question, remember, smaller
 from launch.parity import Outcome, cases, compare
 from launch.parity_report import write_report
-from launch.plan import Decided, Plan, as_json, decide, default_run_folder, explain, python_environment
+from launch.plan import Decided, Plan, as_json, decide, default_run_folder, python_environment
 from launch.record import create_run_folder, model_folder, read_json, refuse_results
 from launch.registry import Recipe, find_run_file, load_module, load_recipe, shipped_recipes
 from launch.strategy import Strategy

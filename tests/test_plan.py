@@ -24,7 +24,8 @@ from launch.assets import code_root, shipped_folder
 from launch.cli import app
 from launch.config import load
 from launch.errors import ConfigError, LaunchError, TopologyError
-from launch.plan import Plan, as_json, decide, default_run_folder, explain, make_plan
+from launch.explain import explain
+from launch.plan import Plan, as_json, decide, default_run_folder, make_plan
 from launch.recipe import Preview
 from launch.topology import Machine, World
 

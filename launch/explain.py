@@ -1,0 +1,102 @@
+"""A plan for people: each number with its derivation. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launch.config import RunConfig, TrainSection
+from launch.plan import Length, Plan
+
+
+@dataclass(frozen=True)
+class Line:
+    """One fact of a plan: a name, its value, and where the value follows from."""
+
+    name: str
+    value: str
+    because: str = ""
+
+
+def explain(plan: Plan) -> list[Line]:
+    """The arithmetic of a plan, each number with its derivation."""
+    processes, batch, length, train = plan.processes, plan.batch, plan.length, plan.config.train
+    threads = f"{processes.threads} CPU thread{'s' if processes.threads > 1 else ''} each"
+    where = f"{processes.nodes} nodes × {processes.per_node}, " if processes.nodes > 1 else ""
+    lines = [
+        Line("recipe", plan.config.recipe),
+        Line("processes", f"{processes.world_size} on {processes.device}", where + threads),
+        Line("strategy", processes.strategy, _extras_explained(train)),
+        Line("number formats", *_dtypes_explained(plan)),
+        Line("global batch", f"{batch.global_batch_size} samples", _batch_explained(plan)),
+    ]
+    if batch.tokens_per_update:
+        each = batch.tokens_per_update // batch.global_batch_size
+        lines.append(
+            Line(
+                "tokens per update",
+                f"{batch.tokens_per_update:,}",
+                f"{batch.global_batch_size} samples × {each} tokens",
+            )
+        )
+    lines.append(
+        Line("training samples", "known after preparation" if length.samples is None else f"{length.samples:,}")
+    )
+    lines.append(Line("updates", *_updates_explained(length, train.epochs)))
+    if length.samples and (last := length.samples % batch.global_batch_size):
+        why = f"of {batch.global_batch_size}; the mean is over these, none is dropped or repeated"
+        lines.append(Line("last of an epoch", f"{last} samples", why))
+    lines.append(Line("learning rate", *_rates_explained(length, plan.config)))
+    lines.append(Line("run folder", plan.run_folder))
+    return lines
+
+
+def _batch_explained(plan: Plan) -> str:
+    batch, world_size = plan.batch, plan.processes.world_size
+    if batch.candidates:
+        return f"micro-batch: the largest of {', '.join(map(str, batch.candidates))} that fits, found at the start"
+    return f"micro-batch {batch.micro_batch_size} × accumulation {batch.accumulation} × {world_size} processes"
+
+
+def _dtypes_explained(plan: Plan) -> tuple[str, str]:
+    dtypes = plan.dtypes
+    rest = {"gradients summed": dtypes.reduction, "weights": dtypes.master, "optimizer": dtypes.optimizer}
+    if len({dtypes.forward, *rest.values()}) == 1:
+        return dtypes.forward, "throughout"
+    scaled = ", loss scaled" if dtypes.forward == "float16" else ""
+    return f"{dtypes.forward} in forward and backward{scaled}", ", ".join(f"{k} {v}" for k, v in rest.items())
+
+
+def _extras_explained(train: TrainSection) -> str:
+    extras = {"activation checkpointing": train.activation_checkpointing, "torch.compile": train.compile}
+    return ", ".join([train.optimizer, *(name for name, on in extras.items() if on)])
+
+
+def _updates_explained(length: Length, epochs: float | None) -> tuple[str, str]:
+    if epochs is None:
+        if length.updates_per_epoch and length.updates:
+            return (
+                f"{length.updates:,}",
+                f"train.max_steps, {length.updates / length.updates_per_epoch:.2f} epochs",
+            )
+        return f"{length.updates:,}", "train.max_steps"
+    if length.updates is None:
+        return "known after preparation", f"{epochs:g} epochs × samples / global batch"
+    return f"{length.updates:,}", f"{epochs:g} epochs × {length.updates_per_epoch} updates"
+
+
+def _rates_explained(length: Length, config: RunConfig) -> tuple[str, str]:
+    train = config.train
+    if length.updates is None or length.warmup is None:
+        warmup = (
+            f"{train.warmup_ratio:g} of the updates" if train.warmup_ratio else f"{train.warmup_steps or 0} updates"
+        )
+        return f"peak {train.learning_rate:g}", f"{train.schedule}, warm-up {warmup}"
+    turns = {
+        1: length.first_learning_rate,
+        max(length.warmup, 1): length.peak_learning_rate,
+        length.updates: length.last_learning_rate,
+    }
+    *most, last = map(str, turns)
+    at = f"updates {', '.join(most)} and {last}" if most else f"update {last}"
+    warmup = f"warm-up {length.warmup} updates" if length.warmup else "no warm-up"
+    return " → ".join(f"{rate:.3g}" for rate in turns.values()), f"at {at}; {train.schedule}, {warmup}"
