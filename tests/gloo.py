@@ -26,7 +26,7 @@ def run_ranks(
     port = _free_port()
     answers: Any = _context.Queue()
     ranks = [
-        _context.Process(target=_rank, args=(rank, world_size, port, function, arguments, answers), daemon=True)
+        _context.Process(target=_rank, args=(rank, world_size, port, function, arguments, answers))
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -64,6 +64,7 @@ def _rank(rank: int, world_size: int, port: int, function: Any, arguments: Any, 
             MASTER_PORT=str(port),
         )
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # data workers start as those of any rank do
     try:
         answers.put((rank, function(*arguments), ""))
     except BaseException:
