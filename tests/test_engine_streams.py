@@ -76,15 +76,15 @@ def read(stream: Any, updates: int, workers: int = 0, global_batch_size: int = 4
 
 @given(
     rows=st.integers(1, 40),
-    accumulation=st.integers(1, 3),
+    window=st.integers(1, 20),
     micro=st.integers(1, 3),
     world_size=st.integers(1, 4),
     updates=st.integers(1, 12),
 )
 def test_a_stream_has_the_windows_of_samples_by_index(
-    rows: int, accumulation: int, micro: int, world_size: int, updates: int
+    rows: int, window: int, micro: int, world_size: int, updates: int
 ) -> None:
-    sizes = accumulation * micro * world_size, micro
+    sizes = window, micro
     for rank in range(world_size):
         order = Order(rows, *sizes, None, rank, world_size)
         expected = list(load(range(rows), lambda order=order: order.windows(1, updates), list, 0, False))  # type: ignore[misc, arg-type]
