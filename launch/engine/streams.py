@@ -2,7 +2,7 @@
 
 Every rank, and every worker process of it, reads the whole stream and keeps its own share. So all ranks see its end
 at the same window without asking each other, and the windows are the same for any number of ranks, workers and any
-micro-batch size. Nothing is dropped, padded or repeated: the last window of an epoch may be short, and its empty
+micro-batch size. No sample is dropped, and none repeated: the last window of an epoch may be short, and its empty
 cells are filled with a sample that counts for nothing (see `batching`). The price is that a stream is read as often
 as there are ranks and workers; workers save time where collating is the larger part of the work.
 """
