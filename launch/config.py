@@ -154,7 +154,7 @@ class ParallelSection(Section):
     deepspeed_config: str | None = None
     """Your own DeepSpeed JSON, checked, completed from this run file and passed on; null: none is needed."""
     data_workers: int = Field(0, ge=0)
-    """Processes per rank that load and collate batches; 0: the rank does it itself."""
+    """Processes per rank that load and collate batches (each reads all of a stream); 0: the rank does it itself."""
 
 
 class ClusterSection(Section):

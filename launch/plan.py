@@ -95,8 +95,8 @@ class Plan(_Frozen):
     environment: dict[str, str]
     """What the launcher adds to the environment of the workers."""
 
-    def schedule(self, samples: int) -> Schedule:
-        """The learning rate of every update, once the number of training samples is known."""
+    def schedule(self, samples: int | None) -> Schedule:
+        """The learning rate of every update, once the number of training samples is known (of a stream it never is)."""
         return make_schedule(self.config, samples)
 
 
@@ -361,10 +361,10 @@ def _multiples_around(value: int, step: int) -> list[int]:
     return [n for n in (below, below + step) if n]
 
 
-def make_schedule(config: RunConfig, samples: int) -> Schedule:
-    """The schedule that `config` means for this many training samples."""
+def make_schedule(config: RunConfig, samples: int | None) -> Schedule:
+    """The schedule that `config` means for this many training samples; `train.max_steps` needs no number."""
     train = config.train
-    total = total_updates(samples, train.global_batch_size, train.epochs, train.max_steps)
+    total = total_updates(samples or 0, train.global_batch_size, train.epochs, train.max_steps)
     warmup = warmup_updates(total, train.warmup_ratio, train.warmup_steps)
     return Schedule(train.schedule, train.learning_rate, warmup, total)
 
@@ -372,7 +372,7 @@ def make_schedule(config: RunConfig, samples: int) -> Schedule:
 def _length(config: RunConfig, preview: Preview) -> Length:
     train, samples = config.train, preview.samples
     known = bool(samples) or train.max_steps is not None  # none at all: the recipe says so when it prepares
-    schedule = make_schedule(config, samples or 0) if known else None
+    schedule = make_schedule(config, samples) if known else None
     return Length(
         samples=samples,
         updates_per_epoch=updates_per_epoch(samples, train.global_batch_size) if samples else None,

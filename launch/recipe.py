@@ -8,7 +8,7 @@ import torch, transformers or datasets at its top, only inside its functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -60,6 +60,19 @@ class Samples(Protocol):
         """One sample, as `collate` takes it."""
 
 
+class Stream(Protocol):
+    """Samples that can only be read from the first on, such as a `datasets.IterableDataset`.
+
+    Every rank and every data worker reads the whole stream and keeps its own share. So it must be the same wherever
+    and whenever it is read: no order drawn from a random state that the process has anyway, no sharding by rank.
+    Where it has a method `set_epoch(epoch)`, that is called before each epoch, counted from 0, and with 0 before each
+    evaluation; the order may depend on it. A run over a stream states `train.max_steps`.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        """The samples, as `collate` takes them, from the first on each time it is called."""
+
+
 Batch = Mapping[str, "torch.Tensor"]
 
 
@@ -96,8 +109,9 @@ class Prepared:
     build_model: Callable[[], PreTrainedModel]
     """The model on CPU in fp32; called after the seed is set, so weights from scratch are the same on all ranks."""
     tokenizer: PreTrainedTokenizerBase
-    train: Samples
-    validation: Samples
+    train: Samples | Stream
+    """Samples by index are shuffled by the engine, in each epoch anew; a stream is read in its own order."""
+    validation: Samples | Stream
     collate: Callable[[list[Any]], dict[str, torch.Tensor]]
     """Samples to a batch of CPU tensors, first dimension = samples."""
     loss: Callable[[torch.nn.Module, Batch], torch.Tensor]

@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.cache import Cache
-from launch.errors import INTERRUPTED, ConfigError, ExportError, LaunchError, MemoryExhaustedError, TopologyError
+from launch.config import RunConfig
+from launch.errors import (
+    INTERRUPTED,
+    ConfigError,
+    DataError,
+    ExportError,
+    LaunchError,
+    MemoryExhaustedError,
+    TopologyError,
+)
 from launch.fitting import TRIALS, advice
 from launch.outside import refuse_another
 from launch.plan import Plan, decide, python_environment
@@ -238,9 +247,36 @@ def _prepare(start: Start, display: Display) -> tuple[Prepared | None, LaunchErr
     progress = Progress(display.start, display.advance, display.finish)
     context = RecipeContext(Cache(cache_folder()), start.plan.config.train.seed, progress)
     try:
-        return start.recipe.prepare(context), None
+        prepared = start.recipe.prepare(context)
+        check_data(start.plan.config, prepared)
+        return prepared, None
     except LaunchError as error:
         return None, error
+
+
+def check_data(config: RunConfig, prepared: Prepared) -> None:
+    """Look at the data as far as no sample need be read.
+
+    Raises:
+        ConfigError: it is no data, or the length of the run depends on that of a stream.
+        DataError: there is no sample.
+    """
+    from launch.engine.streams import is_stream
+
+    for name, data in (("training", prepared.train), ("validation", prepared.validation)):
+        if not is_stream(data):
+            if not len(data):
+                raise DataError(f"recipe = {config.recipe}: its {name} data holds no sample")
+        elif not hasattr(data, "__iter__") or hasattr(data, "__next__"):
+            raise ConfigError(
+                f"recipe = {config.recipe}: its {name} data is a {type(data).__name__}; it must have __len__ and "
+                "__getitem__, or an __iter__ that begins with the first sample each time it is called"
+            )
+    if is_stream(prepared.train) and config.train.epochs is not None:
+        raise ConfigError(
+            f"train.epochs = {config.train.epochs:g}: the training data of {config.recipe} is a stream, of which only "
+            "the end tells the length; state train.max_steps instead"
+        )
 
 
 def _make_folder(start: Start, accelerator: Accelerator, display: Display) -> Path:

@@ -64,6 +64,7 @@ def _rank(rank: int, world_size: int, port: int, function: Any, arguments: Any, 
             MASTER_PORT=str(port),
         )
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # data workers start as those of any rank do
     try:
         answers.put((rank, function(*arguments), ""))
     except BaseException:

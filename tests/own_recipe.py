@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import Field
@@ -21,6 +22,18 @@ class Args(RecipeArgs):
     """A rank that asks for more memory than there is."""
     greedy_from: int = 1
     """How many samples make it do so."""
+    stream: bool = False
+    """Whether the rows can only be read in order."""
+
+
+class InOrder:
+    """A stream of rows."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._rows)
 
 
 def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
@@ -49,8 +62,8 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
     return Prepared(
         build_model=build_model,
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), unk_token="a"),
-        train=rows,
-        validation=rows[:4],
+        train=InOrder(rows) if args.stream else rows,
+        validation=InOrder(rows[:4]) if args.stream else rows[:4],
         collate=lambda samples: {"input_ids": torch.tensor(samples)},
         loss=loss,
         count=lambda batch: batch["input_ids"][:, 1:].numel(),

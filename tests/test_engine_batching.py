@@ -79,12 +79,15 @@ def test_the_order_is_frozen() -> None:
 
 def test_batches_come_in_order_with_and_without_workers() -> None:
     samples = [np.array([index]) for index in range(20)]
-    cells = deal(range(20), 3, 0, 1)
+    order = Order(20, 6, 3, None, 0, 1)  # unshuffled; the last window is short
 
     def collate(items: list[np.ndarray]) -> dict[str, torch.Tensor]:  # type: ignore[type-arg]
         return {"x": torch.from_numpy(np.concatenate(items))}
 
     for workers in (0, 2):
-        got = [tuple(batch["x"].tolist()) for batch in load(samples, lambda: cells, collate, workers, False)]
-        assert got == [cell.samples for cell in cells]
+        got = list(load(samples, lambda: order.windows(1, 4), collate, workers, False))
+        assert [window for window, _ in got] == list(order.windows(1, 4))
+        assert [batch["x"].tolist() for _, batches in got for batch in batches] == [
+            *([0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11], [12, 13, 14], [15, 16, 17], [18, 19])
+        ]
     assert MicroBatch((0,)).filler is False

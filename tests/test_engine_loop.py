@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from launch.engine.batching import Order
+from launch.engine.batching import Order, load
 from launch.engine.loop import Step, fit
 from launch.engine.sharding import updates
 from launch.errors import NonFiniteError
@@ -94,11 +94,7 @@ def four_updates(stop_after: int) -> tuple[list[int], Any]:
     samples = tiny.sequences(SAMPLES)
     bare = tiny.gpt2()
     model, optimizer = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.0))
-    windows = list(
-        Order(SAMPLES, GLOBAL_BATCH, 2, 0, accelerator.process_index, accelerator.num_processes).windows(1, 4)
-    )
-    cells = [cell for window in windows for cell in window.micro_batches]
-    batches = iter([collate([samples[index] for index in cell.samples]) for cell in cells])
+    order = Order(SAMPLES, GLOBAL_BATCH, 2, 0, accelerator.process_index, accelerator.num_processes)
     made: list[int] = []
 
     def after_update(window: Any, result: Any) -> bool:  # noqa: ARG001
@@ -107,8 +103,7 @@ def four_updates(stop_after: int) -> tuple[list[int], Any]:
 
     fit(
         Step(accelerator, model, updates(accelerator, model, optimizer, 1.0), loss, count),
-        windows,
-        batches,
+        load(samples, lambda: order.windows(1, 4), collate, 0, False),
         rate,
         after_update,
     )

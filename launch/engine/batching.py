@@ -3,7 +3,8 @@
 One update consumes one *window* of `global_batch_size` samples, in an order that does not depend on the number of
 processes. A window is dealt out to (step, rank) cells of `micro_batch_size` samples. The last window of an epoch
 may be short; cells left empty are filled with a sample that counts for nothing, so every rank makes the same
-number of forward and backward passes: with sharded weights each pass is a collective.
+number of forward and backward passes: with sharded weights each pass is a collective. No sample is dropped, none is
+repeated within an epoch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from launch.recipe import Samples
 
 Indices = range | np.ndarray[Any, np.dtype[np.int64]]
+Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class MicroBatch:
     """What one rank handles at once."""
 
     samples: tuple[int, ...]
-    """Indices into the dataset."""
+    """Indices into the dataset; of a stream, positions in its epoch."""
     filler: bool = False
     """Whether it only keeps this rank in step: its samples count for nothing."""
 
@@ -42,6 +44,10 @@ class Window:
     consumed: int
     """Samples of this epoch consumed once the update is done, over all ranks."""
     micro_batches: tuple[MicroBatch, ...]
+
+
+Work = Iterator[tuple[Window, list[dict[str, torch.Tensor]]]]
+"""Window after window, each with this rank's micro-batches, collated, on the CPU."""
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -63,7 +69,7 @@ def deal(indices: Indices, micro_batch_size: int, rank: int, world_size: int) ->
         if len(own):
             dealt.append(MicroBatch(tuple(int(index) for index in own)))
         else:
-            dealt.append(MicroBatch((int(indices[0]),), filler=True))
+            dealt.append(MicroBatch((int(indices[start]),), filler=True))
     return tuple(dealt)
 
 
@@ -74,17 +80,23 @@ class Order:
     samples: int
     global_batch_size: int
     micro_batch_size: int
-    seed: int
+    seed: int | None
+    """None: the samples as they lie, unshuffled."""
     rank: int
     world_size: int
 
+    @property
+    def per_epoch(self) -> int:
+        """Windows in one pass over the samples."""
+        return -(-self.samples // self.global_batch_size)
+
     def windows(self, first_update: int, last_update: int) -> Iterator[Window]:
         """Windows `first_update..last_update`, both included, counted from 1."""
-        per_epoch = -(-self.samples // self.global_batch_size)
-        order, order_epoch = None, -1
+        order: Indices = range(self.samples)
+        order_epoch = -1
         for update in range(first_update, last_update + 1):
-            epoch, position = divmod(update - 1, per_epoch)
-            if order is None or order_epoch != epoch:
+            epoch, position = divmod(update - 1, self.per_epoch)
+            if self.seed is not None and order_epoch != epoch:
                 order, order_epoch = epoch_order(self.samples, self.seed, epoch), epoch
             start = position * self.global_batch_size
             indices = order[start : start + self.global_batch_size]
@@ -95,26 +107,27 @@ class Order:
 class _Sampler:
     """A batch sampler: DataLoader iterates over it, in this process, to learn what to load next."""
 
-    def __init__(self, micro_batches: Callable[[], Iterable[MicroBatch]]) -> None:
-        self._micro_batches = micro_batches
+    def __init__(self, windows: Callable[[], Iterable[Window]]) -> None:
+        self._windows = windows
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (list(micro_batch.samples) for micro_batch in self._micro_batches())
+        return (list(micro_batch.samples) for window in self._windows() for micro_batch in window.micro_batches)
 
 
 def load(
     samples: Samples,
-    micro_batches: Callable[[], Iterable[MicroBatch]],
-    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    windows: Callable[[], Iterable[Window]],
+    collate: Collate,
     workers: int,
     pin_memory: bool,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Collated CPU batches, in the order of `micro_batches()`; with `workers` processes they come ahead of time."""
+) -> Work:
+    """Each of `windows()` with its batches; with `workers` processes they come ahead of time."""
     loader: DataLoader[Any] = DataLoader(
         samples,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ serves
-        batch_sampler=_Sampler(micro_batches),
+        batch_sampler=_Sampler(windows),
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
     )
-    return iter(loader)
+    batches = iter(loader)
+    return ((window, [next(batches) for _ in window.micro_batches]) for window in windows())

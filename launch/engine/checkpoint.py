@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, send_to_device
 from safetensors.torch import save_file
 
 from launch.engine.sharding import full_state, tied_names, unwrapped
+from launch.engine.streams import first_samples
 from launch.recipe import Prepared
 
 PROBE_COLUMNS = 64
@@ -55,7 +56,7 @@ def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prep
     """
     live = model if accelerator.distributed_type == DistributedType.DEEPSPEED else unwrapped(model)
     live.eval()
-    batch = prepared.collate([prepared.validation[0]])
+    batch = prepared.collate(first_samples(prepared.validation, 1))
     inputs = {
         name: tensor[:, :PROBE_COLUMNS].contiguous() if tensor.dim() > 1 else tensor
         for name, tensor in batch.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,20 +84,18 @@ class Step:
 
 def fit(
     step: Step,
-    windows: Iterable[Window],
-    batches: Iterator[dict[str, torch.Tensor]],
+    work: Iterable[tuple[Window, list[dict[str, torch.Tensor]]]],
     learning_rate: Callable[[int], float],
     after_update: Callable[[Window, StepResult], bool],
 ) -> None:
-    """Train on `windows` until they end or `after_update` returns True. Every rank must call this.
+    """Train on windows and this rank's batches of each, until they end or `after_update` returns True.
 
-    `batches` delivers the micro-batches of the windows, one after the other.
+    Every rank must call this.
     """
     step.model.train()
-    for window in windows:
-        own = [next(batches) for _ in window.micro_batches]
+    for window, batches in work:
         set_learning_rate(step.updates.optimizer, learning_rate(window.update))
-        if after_update(window, step(window, own)):
+        if after_update(window, step(window, batches)):
             return
 
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from launch.engine.agree import from_main
-from launch.engine.batching import Order, Window, load
+from launch.engine.batching import Order, Window, Work, load
 from launch.engine.blocks import checkpoint_activations, compile_blocks
 from launch.engine.checkpoint import checkpoint_folder, prune, write_model, write_probe
 from launch.engine.loop import Step, StepResult, fit
@@ -24,9 +24,10 @@ from launch.engine.progress import Display
 from launch.engine.scoring import Evaluation, Score
 from launch.engine.sharding import seen_dtypes, tied_names, unwrapped, updates
 from launch.engine.stopping import EarlyStopping
+from launch.engine.streams import Reader, is_stream
 from launch.engine.tracking import Tracker
 from launch.plan import Plan
-from launch.recipe import Batch, Prepared
+from launch.recipe import Batch, Prepared, Samples, Stream
 from launch.strategy import Dtypes
 
 
@@ -39,7 +40,7 @@ class Run:
         config = plan.config
         self.plan, self.folder, self.prepared = plan, folder, prepared
         self.accelerator, self.display = accelerator, display
-        self.schedule = plan.schedule(len(prepared.train))
+        self.schedule = plan.schedule(_size(prepared.train))
         self.scores: dict[str, Score] = {}
         """Validation scores `before` and `after` training."""
         self.best: dict[str, float] = {}
@@ -65,14 +66,6 @@ class Run:
             raise RuntimeError(f"{plan.processes.strategy} has untied weights that were one: {tied}")
         self.loss = _in_autocast(prepared.loss, self._autocast())
         """The recipe's loss, computed in the planned number format."""
-        self.order = Order(
-            len(prepared.train),
-            config.train.global_batch_size,
-            plan.batch.micro_batch_size,
-            config.train.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
         self.evaluation = Evaluation(
             accelerator,
             prepared.validation,
@@ -109,29 +102,35 @@ class Run:
         """Evaluate, train, evaluate, export; numbers go to metrics.jsonl."""
         config, prepared, total = self.plan.config, self.prepared, self.schedule.total
         self.display.say(
-            f"{self.parameters:,} parameters, {len(prepared.train):,} training and {len(prepared.validation):,} "
+            f"{self.parameters:,} parameters, {_amount(prepared.train)} training and {_amount(prepared.validation)} "
             f"validation samples, {total:,} updates"
         )
         if config.eval.at_start:
             self.scores["before"], _ = self._evaluate(0)
-        batches = load(
-            prepared.train,
-            lambda: (micro for window in self.order.windows(1, total) for micro in window.micro_batches),
-            prepared.collate,
-            config.parallel.data_workers,
-            self.accelerator.device.type == "cuda",
-        )
+        work = self._work()
         self.display.start("training", total)
         self._meter.read()
         with forward_dtypes(unwrapped(self.model)) as self._forward_dtypes:
-            work = self.order.windows(1, total)
-            fit(self.step, work, batches, self.schedule.learning_rate, self._after_update)
+            fit(self.step, work, self.schedule.learning_rate, self._after_update)
         self.display.finish()
         if "after" not in self.scores:
             self.scores["after"], _ = self._evaluate(self.updates_done)
         if config.save.export:
             write_model(self.accelerator, self.model, prepared.tokenizer, self.folder / "export")
             write_probe(self.accelerator, self.model, prepared, self.folder / "probe.safetensors")
+
+    def _work(self) -> Work:
+        """The windows of the run with this rank's batches."""
+        train, collate, batch, total = self.prepared.train, self.prepared.collate, self.plan.batch, self.schedule.total
+        seed, workers = self.plan.config.train.seed, self.plan.config.parallel.data_workers
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        window, micro = batch.global_batch_size, batch.micro_batch_size
+        pin_memory = self.accelerator.device.type == "cuda"
+        if is_stream(train):
+            reader = Reader("training", train, window, micro, rank, world_size, collate, workers, pin_memory)
+            return reader.windows(total)
+        order = Order(len(train), window, micro, seed, rank, world_size)
+        return load(train, lambda: order.windows(1, total), collate, workers, pin_memory)
 
     def _after_update(self, window: Window, result: StepResult) -> bool:
         """Record, evaluate and save as configured; True to stop, on every rank alike."""
@@ -234,6 +233,15 @@ class Run:
             "dtypes": asdict(self.dtypes) if self.dtypes else None,
             "run_folder": str(self.folder),
         }
+
+
+def _size(data: Samples | Stream) -> int | None:
+    return None if is_stream(data) else len(data)
+
+
+def _amount(data: Samples | Stream) -> str:
+    size = _size(data)
+    return "streamed" if size is None else f"{size:,}"
 
 
 Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from launch.engine.batching import deal, load
+from launch.engine.batching import Collate, Order, Work, load
 from launch.engine.loss import Counts, count_batch, count_over_ranks, precise_dtype
-from launch.recipe import Batch, Samples
+from launch.engine.streams import Reader, is_stream
+from launch.recipe import Batch, Samples, Stream
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Evaluation:
     """How to evaluate a model on one dataset."""
 
     accelerator: Accelerator
-    samples: Samples
-    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
+    samples: Samples | Stream
+    collate: Collate
     loss: Callable[[torch.nn.Module, Batch], torch.Tensor]
     count: Callable[[Batch], int]
     batch_size: int
@@ -37,8 +37,10 @@ class Evaluation:
     workers: int = 0
 
     @property
-    def size(self) -> int:
-        """Samples that are evaluated."""
+    def size(self) -> int | None:
+        """Samples that are evaluated; None where only the end of a stream will tell."""
+        if is_stream(self.samples):
+            return None
         return min(len(self.samples), self.max_samples or len(self.samples))
 
     def __call__(self, model: torch.nn.Module, advance: Callable[[int], None] = lambda samples: None) -> Score:
@@ -47,22 +49,36 @@ class Evaluation:
         `advance` hears, after each batch, how many samples all ranks together have finished since the last.
         """
         accelerator = self.accelerator
-        cells = deal(range(self.size), self.batch_size, accelerator.process_index, accelerator.num_processes)
         precise = precise_dtype(accelerator.device)
         total = torch.zeros((), dtype=precise, device=accelerator.device)
         counted = Counts()
         was_training = model.training
         model.eval()
+        finished = 0
         with torch.no_grad():
-            batches = load(self.samples, lambda: cells, self.collate, self.workers, accelerator.device.type == "cuda")
-            row = self.batch_size * accelerator.num_processes
-            for position, (cell, batch) in enumerate(zip(cells, batches, strict=True)):
+            for window, (batch,) in self._work():
+                (cell,) = window.micro_batches
                 summed = self.loss(model, send_to_device(batch, accelerator.device, non_blocking=True))
                 if not cell.filler:
                     total += summed.to(precise)
                 counted += count_batch(cell, batch, self.count)
-                advance(min(row, self.size - position * row))
+                advance(window.consumed - finished)
+                finished = window.consumed
         model.train(was_training)
         total = accelerator.reduce(total, "sum")
         counts = count_over_ranks(accelerator, counted)
         return Score(float(total) / max(counts.targets, 1), counts)
+
+    def _work(self) -> Work:
+        """The samples as they lie, in windows of one batch per rank."""
+        samples, size, micro = self.samples, self.size, self.batch_size
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        window, pin_memory = micro * world_size, self.accelerator.device.type == "cuda"
+        if is_stream(samples):
+            reader = Reader(
+                "validation", samples, window, micro, rank, world_size, self.collate, self.workers, pin_memory
+            )
+            return reader.epoch(most=self.max_samples)
+        assert size is not None, "samples by index are counted"
+        order = Order(size, window, micro, None, rank, world_size)
+        return load(samples, lambda: order.windows(1, order.per_epoch), self.collate, self.workers, pin_memory)

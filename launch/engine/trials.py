@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,9 @@ from accelerate.utils import gather_object
 from launch.engine.batching import MicroBatch, Window
 from launch.engine.loop import Step, set_learning_rate
 from launch.engine.loss import count_tokens
-from launch.recipe import Prepared
+from launch.engine.streams import first_samples, is_stream
+from launch.errors import DataError
+from launch.recipe import Prepared, Samples, Stream
 
 LOOKED_AT = 512
 """Samples among which the longest are found; the same for any number of samples."""
@@ -22,12 +25,25 @@ MARGIN = 0.92
 """Share of a device's memory that trials may fill: samples yet longer, and fragments, take the rest."""
 
 
-def longest_samples(prepared: Prepared, wanted: int) -> list[int]:
-    """Indices of the samples with the most tokens, among some spread over the data; repeated where there are few."""
-    total = len(prepared.train)
-    looked_at = sorted({position * total // LOOKED_AT for position in range(LOOKED_AT)})
-    by_length = sorted(looked_at, key=lambda index: -count_tokens(prepared.collate([prepared.train[index]])))
+def longest_samples(prepared: Prepared, wanted: int) -> list[tuple[int, Any]]:
+    """The samples with the most tokens among those looked at, each with its index; repeated where there are few.
+
+    Raises:
+        DataError: there is none.
+    """
+    looked_at = _looked_at(prepared.train)
+    if not looked_at:
+        raise DataError("the training stream gives no sample; it must hold at least one")
+    by_length = sorted(looked_at, key=lambda indexed: -count_tokens(prepared.collate([indexed[1]])))
     return [by_length[position % len(by_length)] for position in range(wanted)]
+
+
+def _looked_at(data: Samples | Stream) -> list[tuple[int, Any]]:
+    """Some samples spread over the data, or the first ones of a stream."""
+    if is_stream(data):
+        return list(enumerate(first_samples(data, LOOKED_AT)))
+    indices = sorted({position * len(data) // LOOKED_AT for position in range(LOOKED_AT)})
+    return [(index, data[index]) for index in indices]
 
 
 def try_sizes(
@@ -43,15 +59,16 @@ def try_sizes(
     call this; the weights are not of use afterwards.
     """
     peaks: dict[int, int] = {}
+    longest = longest_samples(prepared, max(sizes))
     set_learning_rate(step.updates.optimizer, 0.0)
     step.model.train()
     for size in sizes:
         if _expected(peaks, size) > limit:
             break
         # Two micro-batches, where there is room for two: gradients then lie beside the activations of the second.
-        indices = longest_samples(prepared, size)
-        cells = (MicroBatch(tuple(indices)),) * min(2, sizes[-1] // size)
-        batch = prepared.collate([prepared.train[index] for index in indices])
+        indices, samples = zip(*longest[:size], strict=True)
+        cells = (MicroBatch(indices),) * min(2, sizes[-1] // size)
+        batch = prepared.collate(list(samples))
         for update in (1, 2) if not peaks else (1,):  # the first update ever makes the optimizer's state
             step(Window(update, 0, size, cells), [batch] * len(cells))
         peak = max(gather_object([_peak(step.accelerator)]))

@@ -1,0 +1,168 @@
+"""Samples that can only be read from the first on, in the windows that samples by index would have.
+
+Every rank, and every worker process of it, reads the whole stream and keeps its own share. So all ranks see its end
+at the same window without asking each other, and the windows are the same for any number of ranks, workers and any
+micro-batch size. No sample is dropped, and none repeated: the last window of an epoch may be short, and its empty
+cells are filled with a sample that counts for nothing (see `batching`). The price is that a stream is read as often
+as there are ranks and workers; workers save time where collating is the larger part of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils import worker as torch_worker
+
+from launch.engine.batching import Collate, MicroBatch, Window, Work, deal
+from launch.errors import DataError, LaunchError
+from launch.recipe import Samples, Stream
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+Cell = tuple[Window, dict[str, torch.Tensor]]
+"""A window and one of this rank's batches of it."""
+
+
+def is_stream(data: Samples | Stream) -> TypeIs[Stream]:
+    """Whether samples can only be read in order. torch's IterableDataset has a `__getitem__`, but it does not work."""
+    return isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__"))
+
+
+def first_samples(data: Samples | Stream, wanted: int) -> list[Any]:
+    """The first `wanted` samples, or as many as there are."""
+    if is_stream(data):
+        _set_epoch(data, 0)
+        return list(islice(data, wanted))
+    return [data[index] for index in range(min(wanted, len(data)))]
+
+
+def _set_epoch(stream: Stream, epoch: int) -> None:
+    if hasattr(stream, "set_epoch"):
+        stream.set_epoch(epoch)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads this rank's share of a stream. Every rank must read as far as the others."""
+
+    name: str
+    """What messages call the stream: training or validation."""
+    stream: Stream
+    window_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    collate: Collate
+    workers: int = 0
+    pin_memory: bool = False
+
+    def windows(self, updates: int) -> Work:
+        """The first `updates` windows, epoch after epoch."""
+        done = epoch = 0
+        while done < updates:
+            for window, batches in self.epoch(epoch, done, (updates - done) * self.window_size):
+                yield window, batches
+                done = window.update
+            epoch += 1
+
+    def epoch(self, epoch: int = 0, updates_done: int = 0, most: int | None = None) -> Work:
+        """The windows of one epoch, or of its first `most` samples, after `updates_done` in epochs before it.
+
+        Workers are started anew for each epoch, after `set_epoch`: none of them can be told of another epoch.
+
+        Raises:
+            DataError: there is no sample.
+        """
+        _set_epoch(self.stream, epoch)
+        loader: DataLoader[Any] = DataLoader(
+            _Epoch(self, epoch, updates_done, most),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self.workers,
+            pin_memory=self.pin_memory,
+        )
+        cells, window = _unless_failed(loader), None
+        for window, batch in cells:
+            yield window, [batch, *(next(cells)[1] for _ in window.micro_batches[1:])]
+        if window is None:
+            raise DataError(
+                f"the {self.name} stream gives no sample in epoch {epoch + 1}; it must hold at least one, and begin "
+                "with the first each time it is read"
+            )
+
+
+class _Epoch(IterableDataset[Any]):
+    """Runs where batches are made: in each worker, or in the rank itself."""
+
+    def __init__(self, reader: Reader, epoch: int, updates_done: int, most: int | None) -> None:
+        self._reader, self._epoch, self._updates_done, self._most = reader, epoch, updates_done, most
+
+    def __iter__(self) -> Iterator[Cell | LaunchError]:
+        """Every so many-th of this rank's cells, for DataLoader asks the workers in turn.
+
+        An error meant for the user is handed over, since DataLoader would wrap its message in a traceback.
+        """
+        worker, workers = _hide_worker()
+        cells = ((window, samples) for window, shares in self._windows() for samples in shares)
+        try:
+            for window, samples in islice(cells, worker, None, workers):
+                yield window, self._reader.collate(samples)
+        except LaunchError as error:
+            yield error
+
+    def _windows(self) -> Iterator[tuple[Window, list[list[Any]]]]:
+        """Each window with the samples of this rank's cells."""
+        samples = islice(self._reader.stream, self._most)
+        update, consumed = self._updates_done, 0
+        while rows := list(self._rows(samples, consumed)):
+            cells, shares, ends = zip(*rows, strict=True)
+            update, consumed = update + 1, ends[-1]
+            yield Window(update, self._epoch, consumed, cells), list(shares)
+
+    def _rows(self, samples: Iterator[Any], start: int) -> Iterator[tuple[MicroBatch, list[Any], int]]:
+        """Of the window that begins at `start`: each cell of this rank, its samples, and where its row ends.
+
+        A row has one cell per rank; no more than one is held whole.
+        """
+        reader, end = self._reader, start
+        while wanted := min(reader.micro_batch_size * reader.world_size, start + reader.window_size - end):
+            row = list(islice(samples, wanted))
+            if not row:
+                return
+            begin, end = end, end + len(row)
+            (cell,) = deal(range(begin, end), reader.micro_batch_size, reader.rank, reader.world_size)
+            yield cell, [row[index - begin] for index in cell.samples], end
+
+
+def _hide_worker() -> tuple[int, int]:
+    """Number of this worker process and how many there are; from now on a stream cannot see that it is in one.
+
+    Streams such as those of `datasets` share themselves out over the workers that torch tells of, but each of ours
+    needs the whole. To tell them of a single worker would not do: `datasets` then shuffles in another order than
+    outside of a worker.
+    """
+    information = get_worker_info()
+    if information is None:
+        return 0, 1
+    torch_worker._worker_info = None
+    if get_worker_info() is not None:
+        raise RuntimeError(f"torch {torch.__version__} cannot hide its workers; use parallel.data_workers=0")
+    return information.id, information.num_workers
+
+
+def _as_it_is(cell: Any) -> Any:
+    """What DataLoader does with a cell, instead of making tensors of its numbers."""
+    return cell
+
+
+def _unless_failed(loader: DataLoader[Any]) -> Iterator[Cell]:
+    for cell in loader:
+        if isinstance(cell, LaunchError):
+            raise cell
+        yield cell
