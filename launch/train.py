@@ -198,9 +198,10 @@ def _memory_may_run_out(start: Start) -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # The CPU's allocator has no exception of its own (c10/core/impl/alloc_cpu.cpp).
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # The CPU's allocator has no exception of its own (c10/core/impl/alloc_cpu.cpp), nor have CUDA's libraries.
+        told = any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+        if not told and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
         where = f"rank {start.world.rank} ({socket.gethostname()})"
         batch = start.plan.batch

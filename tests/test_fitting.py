@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch.cache import Cache
 from launch.config import load
+from launch.errors import MemoryExhaustedError
 from launch.fitting import Fits, advice, question, recall, remember, smaller
 from launch.plan import Plan, make_plan
 from launch.recipe import Preview
 from launch.topology import Machine, World
+from launch.train import Start, _memory_may_run_out
 
 ROOT = Path(__file__).parents[1]
 OWN = Path(__file__).with_name("own_recipe.py")
@@ -110,6 +113,25 @@ def test_the_next_smaller_size_keeps_the_global_batch() -> None:
     while size := smaller(planned(f"train.micro_batch_size={sizes[-1]}")):
         sizes.append(size)
     assert sizes == [12, 6, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (NotImplementedError("of the kind RuntimeError"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_only_what_is_about_memory_is_told_as_such(error: Exception, is_memory: bool) -> None:
+    start: Any = Start(planned(), None, World(), None)  # type: ignore[arg-type]  # no recipe is needed
+    with pytest.raises(MemoryExhaustedError if is_memory else type(error)) as caught, _memory_may_run_out(start):
+        raise error
+    assert ("out of memory with micro-batch 12; use train.micro_batch_size=6 (" in str(caught.value)) == is_memory
 
 
 # --- by the real command ---------------------------------------------------------------------------------
