@@ -53,3 +53,13 @@ def test_its_steps_are_those_of_the_paper() -> None:
             expected[name] = weights * (1 - rate * decay) - change
     for name, parameter in layer.named_parameters():
         assert torch.allclose(parameter, expected[name], atol=1e-12), name
+
+
+def test_the_other_optimizers_take_their_settings_and_the_same_groups() -> None:
+    layer = torch.nn.Linear(2, 2)
+    sgd = make_optimizer(layer, TrainSection(optimizer="sgd", sgd_momentum=0.9, weight_decay=0.1), fused=False)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert [(group["momentum"], group["weight_decay"]) for group in sgd.param_groups] == [(0.9, 0.1), (0.9, 0.0)]
+    adafactor = make_optimizer(layer, TrainSection(optimizer="adafactor", weight_decay=0.1), fused=False)
+    assert isinstance(adafactor, torch.optim.Adafactor)
+    assert [group["weight_decay"] for group in adafactor.param_groups] == [0.1, 0.0]
