@@ -67,7 +67,9 @@ def test_the_answer_depends_on_model_length_strategy_and_device_and_on_nothing_e
     assert question(planned("parallel.devices=2"))["processes"] is None, "each process of DDP holds the whole model"
     sharded = [question(planned("parallel.strategy=fsdp2", f"parallel.devices={n}")) for n in (2, 4)]
     assert sharded[0] != sharded[1], "each of more processes holds less of the model"
-    by_strategy = [question(planned(f"parallel.strategy={name}", "parallel.devices=4")) for name in ("fsdp2", "zero3")]
+    by_strategy = [
+        question(planned(f"parallel.strategy={name}", "parallel.devices=4")) for name in ("fsdp2", "fsdp2_offload")
+    ]
     assert by_strategy[0] != by_strategy[1]
 
 
