@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,9 @@ from launch.recipe import Prepared
 from launch.train import check_data
 from recipes.causal_lm import collate, count, loss
 from tests import tiny
+from tests.commands import shoal
 from tests.gloo import run_ranks
 
-ROOT = Path(__file__).parents[1]
 OWN = Path(__file__).with_name("own_recipe.py")
 
 
@@ -454,24 +452,16 @@ def test_the_longest_of_the_first_samples_of_a_stream() -> None:
         longest_samples(prepared(Rows([])), 1)
 
 
-def shoal(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def streamed(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "run.yaml").write_text(f"recipe: {OWN}\nrecipe_args: {{stream: true}}\ntrain: {{global_batch_size: 8}}\n")
-    return subprocess.run(
-        [sys.executable, "-m", "launch", "run", "run.yaml", *arguments, "--out", "out"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SHOAL_CACHE": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return shoal(folder, "run", "run.yaml", *arguments, "--out", "out")
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_recipe_with_streams_by_the_real_command(tmp_path: Path) -> None:
     stated = ["parallel.devices=2", "parallel.data_workers=2", "train.micro_batch_size=auto", "train.max_steps=5"]
-    done = shoal(tmp_path, *stated)
+    done = streamed(tmp_path, *stated)
     assert done.returncode == 0, done.stderr
     assert "streamed training and streamed validation samples, 5 updates" in done.stderr
     assert "is the largest that fits" in done.stderr
@@ -480,7 +470,7 @@ def test_a_recipe_with_streams_by_the_real_command(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stream_cannot_be_planned_in_epochs(tmp_path: Path) -> None:
-    done = shoal(tmp_path)
+    done = streamed(tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
         f"shoal: train.epochs = 1: the training data of {OWN} is a stream, of which only the end tells the length; "

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,8 @@ from launch.plan import Plan, make_plan
 from launch.recipe import Preview
 from launch.topology import Machine, World
 from launch.train import Start, _memory_may_run_out
+from tests.commands import python, shoal
 
-ROOT = Path(__file__).parents[1]
 OWN = Path(__file__).with_name("own_recipe.py")
 GPUS = Machine("box", 32, 4, gpu_name="NVIDIA H100 80GB HBM3", memory_bytes=2**40)
 
@@ -141,18 +138,6 @@ def test_only_what_is_about_memory_is_told_as_such(error: Exception, is_memory: 
 # --- by the real command ---------------------------------------------------------------------------------
 
 
-def shoal(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "launch", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SHOAL_CACHE": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
@@ -208,15 +193,7 @@ def test_out_of_memory_on_one_rank_ends_all_of_them_and_says_what_to_do(run_file
 
 @pytest.mark.slow
 def test_a_plan_of_its_own_needs_a_known_size(run_file: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.train", str(run_file), "parallel.devices=1", "train.micro_batch_size=auto"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SHOAL_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = python(tmp_path, "launch.train", str(run_file), "parallel.devices=1", "train.micro_batch_size=auto")
     assert done.returncode == 2
     assert done.stderr == (
         "shoal: command line: train.micro_batch_size = auto: no size is known yet for this model, length and device; "

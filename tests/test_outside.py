@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,9 @@ from launch.render import deepspeed_config
 from launch.strategy import Strategy
 from launch.topology import Machine, World, cache_folder, read_world
 from launch.twin import decide_twin
+from tests.commands import python, shoal
 from tests.test_accelerate_file import CHANGE, environment_of
 
-ROOT = Path(__file__).parents[1]
 OWN = Path(__file__).with_name("own_recipe.py")
 HERE = Machine("box", cores=8, gpus=0)
 GPUS = Machine("box", cores=8, gpus=4)
@@ -168,13 +166,7 @@ def test_the_record_of_a_run_is_a_run_file_for_the_same_run() -> None:
 
 def test_the_cli_shows_the_lines_of_the_files_that_decide() -> None:
     write("mine.yaml", "distributed_type: FSDP\nuse_cpu: true\nnum_processes: 2\nfsdp_config: {fsdp_version: 2}\n")
-    shown = subprocess.run(
-        [sys.executable, "-m", "launch", "plan", run_file("accelerate_config: mine.yaml")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    shown = shoal(Path.cwd(), "plan", run_file("accelerate_config: mine.yaml"))
     assert shown.returncode == 0, shown.stderr
     rows = {line.split()[0]: line.split()[1:] for line in shown.stdout.splitlines() if line.startswith(" parallel.")}
     assert rows["parallel.strategy"] == ['"fsdp2"', f"{Path.cwd()}/mine.yaml:1"]
@@ -384,13 +376,7 @@ def test_a_file_that_is_not_there(name: str) -> None:
 
 def test_a_mistake_in_a_file_is_told_by_the_cli_in_one_line() -> None:
     write("mine.json", '{"zero_optimization": {\n "stage": 2,\n "reduce_bucket_sise": 5}}')
-    shown = subprocess.run(
-        [sys.executable, "-m", "launch", "plan", run_file("devices: 2"), DEEPSPEED],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    shown = shoal(Path.cwd(), "plan", run_file("devices: 2"), DEEPSPEED)
     assert (shown.returncode, shown.stdout) == (2, "")
     assert shown.stderr == (
         f"shoal: {Path.cwd()}/mine.json:3: zero_optimization.reduce_bucket_sise = 5: unknown key; did you mean "
@@ -567,14 +553,7 @@ def test_nothing_named_is_nothing_read() -> None:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(Path("hub").absolute())},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return python(Path.cwd(), *arguments, HF_HOME=str(Path("hub").absolute()))
 
 
 def updates_of(run: str) -> list[dict[str, Any]]:

@@ -23,23 +23,10 @@ from launch.parity import NOTHING_TO_COMPARE_WITH, TOLERANCES, Outcome, _beside,
 from launch.parity_plot import COLOURS, _draw_differences, draw, floor_of
 from launch.parity_report import as_json
 from launch.strategy import Strategy
+from tests.commands import ROOT, shoal
 
 LOSS = TOLERANCES["fp32"].loss
-ROOT = Path(__file__).parents[1]
 OWN = Path(__file__).with_name("own_recipe.py")
-
-
-def shoal(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user in `folder` does."""
-    return subprocess.run(
-        [sys.executable, "-m", "launch", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SHOAL_CACHE": str(folder / "cache"), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.fixture

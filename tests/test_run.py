@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-ROOT = Path(__file__).parents[1]
+from tests.commands import ROOT, python
+
 SHORT = ["train.max_steps=6", "eval.every_steps=3"]
 
 
@@ -25,14 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(cache: Path, *arguments: str, module: str = "launch") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        env={**os.environ, "SHOAL_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return python(Path.cwd(), module, *arguments, cache=cache)
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
