@@ -174,6 +174,22 @@ def test_a_strategy_changes_nothing(
     assert same == (name == "gpt2")
 
 
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [("fsdp2", "zero3"), ("zero3", "fsdp2"), ("zero1", "ddp")])
+def test_training_goes_on_from_what_another_strategy_wrote_with_its_ties(
+    first: str, second: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    run_ranks(2, trained, first, 2, str(sources["gpt2"]), str(folders[0]))
+    results = run_ranks(2, trained, second, 2, str(folders[0] / "export"), str(folders[1]))
+    assert all(result["tied"] for result in results)
+    scores = [[record["loss"] for record in records(folder) if record["kind"] == "eval"] for folder in folders]
+    assert scores[1][0] == pytest.approx(scores[0][-1], abs=1e-6), "it begins where the other ended"
+
+
 def reference_for(source: Path, folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One process with other settings than `references`: its records and its result."""
     folder.mkdir()
