@@ -280,7 +280,7 @@ def tied_names(model: torch.nn.Module) -> list[list[str]]:
 def unwrapped(model: torch.nn.Module) -> Any:
     """The recipe's model inside what DDP or DeepSpeed made of it.
 
-    Not `accelerator.unwrap_model`, which imports DeepSpeed, seconds of it, wherever it is installed (accelerate 1.15).
+    Not `accelerator.unwrap_model`, which imports DeepSpeed wherever it is installed, and that prints to stdout.
     """
     return (
         model.module
