@@ -121,13 +121,19 @@ def run_command(
         if ending.traceback:
             print(ending.traceback, file=sys.stderr)
         complain(ending.message)
-        size = smaller(plan)
-        if ending.exit_code == MemoryExhaustedError.exit_code and plan.config.train.micro_batch_size == "auto" and size:
-            remember(cache, question(plan), Fits(size, plan.batch.micro_batch_size))
-            complain(f"remembered: with train.micro_batch_size=auto the next run takes {size}")
+        if ending.exit_code == MemoryExhaustedError.exit_code:
+            _learn_from_too_large(plan, cache)
         raise typer.Exit(ending.exit_code)
     result = read_json(folder / "result.json")
     print(json.dumps(result) if json_ else result["summary"])
+
+
+def _learn_from_too_large(plan: Plan, cache: Cache) -> None:
+    """Remember a smaller micro-batch size where one was found by trials and turned out too large after all."""
+    size = smaller(plan)
+    if size and plan.config.train.micro_batch_size == "auto":
+        remember(cache, question(plan), Fits(size, plan.batch.micro_batch_size))
+        complain(f"remembered: with train.micro_batch_size=auto the next run takes {size}")
 
 
 def _decide(

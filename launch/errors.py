@@ -61,12 +61,16 @@ class MemoryExhaustedError(LaunchError):
     exit_code = 9
 
 
-class StoppedError(LaunchError):
-    """Runs that the user or the system stopped."""
+class EndedError(LaunchError):
+    """Workers that did not end well, with the exit code of their ending."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class StoppedError(EndedError):
+    """Workers that the user or the system stopped."""
 
 
 INTERRUPTED = 130

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch import local
-from launch.errors import LaunchError, MemoryExhaustedError
+from launch.errors import EndedError, MemoryExhaustedError
 from launch.fitting import TRIALS, Fits, advice
 from launch.plan import Plan
 from launch.record import create_run_folder, read_json
@@ -22,10 +22,12 @@ def find(plan: Plan, say: Callable[[str], None]) -> Fits:
 
     Raises:
         MemoryExhaustedError: not even the smallest fits.
-        LaunchError: the trials ended for another reason; their folder is kept.
+        EndedError: the trials ended for another reason; their folder is kept.
+        RunFolderError: a folder that is not of trials lies where theirs would be.
     """
     folder = Path(f"{plan.run_folder}.trials")
-    shutil.rmtree(folder, ignore_errors=True)
+    if (folder / "plan.json").is_file():  # of trials that failed; anything else of this name is not ours to remove
+        shutil.rmtree(folder)
     command = (*(str(folder) if part == plan.run_folder else part for part in plan.command), "--trials")
     say(f"trying micro-batch sizes {', '.join(map(str, plan.batch.candidates))}")
     trial = plan.model_copy(update={"run_folder": str(folder), "command": command})
@@ -34,7 +36,7 @@ def find(plan: Plan, say: Callable[[str], None]) -> Fits:
     if ending.exit_code and not ended_by_memory:
         if ending.traceback:
             say(ending.traceback)
-        raise _TrialsError(ending)
+        raise EndedError(ending.message, ending.exit_code)
     peaks = {int(size): peak for size, peak in (read_json(folder / TRIALS) or {}).items()}
     shutil.rmtree(folder)
     if not peaks:
@@ -45,11 +47,3 @@ def find(plan: Plan, say: Callable[[str], None]) -> Fits:
     shown = ", ".join(f"{size}: {peak / 2**30:.2f} GiB" for size, peak in peaks.items())
     say(f"micro-batch {largest} is the largest that fits (memory of a process at its peak: {shown})")
     return fits
-
-
-class _TrialsError(LaunchError):
-    """The trials ended as any run may; carries its exit code."""
-
-    def __init__(self, ending: local.Ending) -> None:
-        super().__init__(ending.message)
-        self.exit_code = ending.exit_code

@@ -191,6 +191,18 @@ def test_out_of_memory_on_one_rank_ends_all_of_them_and_says_what_to_do(run_file
     assert nothing.stderr.splitlines()[-1].startswith("shoal: not even one sample per process fits into memory; use ")
 
 
+def test_a_folder_that_is_not_of_trials_is_not_removed_for_them(run_file: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "one.trials" / "notes.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    done = shoal(tmp_path, "run", str(run_file), "train.micro_batch_size=auto", "--out", "one")
+    assert done.returncode == 5
+    assert done.stderr.splitlines()[-1] == (
+        f"shoal: {theirs.parent}: is not empty, and a run is never overwritten; choose another --out"
+    )
+    assert theirs.read_text() == "mine"
+
+
 @pytest.mark.slow
 def test_a_plan_of_its_own_needs_a_known_size(run_file: Path, tmp_path: Path) -> None:
     done = python(tmp_path, "launch.train", str(run_file), "parallel.devices=1", "train.micro_batch_size=auto")

@@ -282,11 +282,8 @@ def unwrapped(model: torch.nn.Module) -> Any:
 
     Not `accelerator.unwrap_model`, which imports DeepSpeed wherever it is installed, and that prints to stdout.
     """
-    return (
-        model.module
-        if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine"
-        else model
-    )
+    wrapped = isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine"
+    return model.module if wrapped else model
 
 
 def full_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
