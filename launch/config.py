@@ -106,12 +106,18 @@ class EvalSection(Section):
 
 
 class SaveSection(Section):
-    """What is kept of the model."""
+    """What is kept of the model, and of the run to go on from."""
 
     every_steps: int | None = Field(None, ge=1)
-    """Save a checkpoint after every so many updates; null: none but the export at the end."""
+    """Save a checkpoint after every so many updates; null: not by their number."""
+    every_minutes: float | None = Field(30.0, gt=0)
+    """Save a checkpoint when so many minutes have passed since the last one; null: not by time."""
     keep_last: int | None = Field(2, ge=1)
     """Keep only the newest so many checkpoints; null: all."""
+    keep_best: int = Field(0, ge=0)
+    """Save whenever the validation loss is better than ever before, and keep so many of the best besides."""
+    asynchronous: bool = False
+    """Write checkpoints while training goes on; takes main memory for a copy of weights and optimizer."""
     export: bool = True
     """Write and check export/, a plain Hugging Face folder, at the end."""
 
@@ -153,6 +159,10 @@ class ParallelSection(Section):
     """Your own configuration of `accelerate launch`, checked and taken over; null: none is needed."""
     deepspeed_config: str | None = None
     """Your own DeepSpeed JSON, checked, completed from this run file and passed on; null: none is needed."""
+    timeout_seconds: float = Field(1800.0, gt=0)
+    """How long a process waits for the others to join in an exchange before it gives up."""
+    max_restarts: int = Field(0, ge=0)
+    """After a crash, start again from the newest checkpoint, at most so many times without a newer one in between."""
     data_workers: int = Field(0, ge=0)
     """Processes per rank that load and collate batches (each reads all of a stream); 0: the rank does it itself."""
 
