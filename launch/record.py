@@ -131,20 +131,21 @@ def surroundings() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "arguments": [argument_without_secrets(argument) for argument in sys.argv],
-        "versions": _versions(),
+        "versions": versions(),
         "git": _git_commit(code_root()),
         "environment": recorded_environment(),
     }
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a run computes."""
+    found = {}
     for package in RECORDED_PACKAGES:
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def _git_commit(folder: Path) -> dict[str, Any] | None:

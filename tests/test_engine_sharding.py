@@ -68,7 +68,7 @@ def trained(
     from launch.engine.run import Run
     from launch.engine.sharding import full_state, make_accelerator
     from recipes.causal_lm import collate, count, loss
-    from tests.test_engine_checkpoint import tokenizer
+    from tests.test_engine_export import tokenizer
 
     plan = plan_for(strategy, world_size, Path(folder), *overrides)
     calls: list[int] = []
@@ -409,7 +409,7 @@ def spoiled(strategy: str, source: str, folder: str, what: str) -> tuple[str, fl
     from launch.engine.run import Run
     from launch.engine.sharding import full_state, make_accelerator
     from recipes.causal_lm import collate, count, loss
-    from tests.test_engine_checkpoint import tokenizer
+    from tests.test_engine_export import tokenizer
 
     calls = 0
 

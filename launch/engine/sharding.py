@@ -199,6 +199,15 @@ class Updates:
         """
         return self._scale is not None and self._scale.after_overflow()
 
+    def scale_state(self) -> dict[str, float]:
+        """What a resumed run needs of the fp16 loss scale; empty where there is none."""
+        return self._scale.state() if self._scale else {}
+
+    def restore_scale(self, state: dict[str, float]) -> None:
+        """Go on from there."""
+        if self._scale and state:
+            self._scale.restore(state)
+
     def reduction_dtype(self) -> str:
         """In what gradients are added up over ranks."""
         if isinstance(self._model, FSDPModule):
@@ -234,6 +243,25 @@ class DeepSpeedUpdates(Updates):
     def may_repeat(self) -> bool:
         """As above: DeepSpeed has halved its own scale; at 1 it would raise an exception of its own."""
         return bool(self._engine.fp16_enabled()) and float(self._engine.optimizer.loss_scaler.loss_scale) > 1.0
+
+    def scale_state(self) -> dict[str, float]:
+        """As above, in the terms of `precision.LossScale`: another strategy may go on from it."""
+        if not self._engine.fp16_enabled():
+            return {}
+        scaler = self._engine.optimizer.loss_scaler
+        return {
+            "value": scaler.cur_scale,
+            "since_overflow": scaler.cur_iter - scaler.last_overflow_iter - 1,
+            "hysteresis": scaler.cur_hysteresis,
+        }
+
+    def restore_scale(self, state: dict[str, float]) -> None:
+        """As above."""
+        if self._engine.fp16_enabled() and state:
+            scaler = self._engine.optimizer.loss_scaler
+            scaler.cur_scale = state["value"]
+            scaler.cur_iter = scaler.last_overflow_iter + 1 + int(state["since_overflow"])
+            scaler.cur_hysteresis = int(state.get("hysteresis", scaler.cur_hysteresis))
 
     def reduction_dtype(self) -> str:
         """As above."""
