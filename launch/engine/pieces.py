@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -82,6 +83,9 @@ def _buffers(model: torch.nn.Module) -> Iterator[Piece]:
 def _holdings(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[_Holding]:
     bare = unwrapped(model)
     engine: Any = model
+    for module in bare.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # else, after a forward pass alone, the outermost weights are still gathered
     for name, parameter in bare.named_parameters():
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             yield from _held_by_zero(name, parameter, engine.optimizer, accelerator)
