@@ -334,15 +334,20 @@ def _ending(folder: Path, code: int | None, signals: _Signals) -> Ending:
     if asked and (folder / "result.json").is_file():
         return Ending(0)
     stopped: dict[str, Any] | None = read_json(folder / STOPPED)
-    agent_was_killed = code == -signal.SIGKILL and signals.first is None
-    if stopped and not agent_was_killed and (asked or stopped["update"] or stopped["checkpoint"]):
-        return _stopped(folder, signals.first or signal.Signals[stopped["signal"]], stopped)
+    saved = stopped is not None and bool(stopped["update"] or stopped["checkpoint"])
     failures = [read_json(path) for path in folder.glob("failure-*.json")]
+    # Where nobody asked us, a worker's death is the cause and the stop its consequence: torchrun, or `_watch`, has
+    # told the others. Only ranks that have saved together were all there.
+    lost = code == -signal.SIGKILL if saved else _was_killed(folder, code)
+    if lost and (signals.first is None or failures):
+        return _failure(folder, failures, code)
+    if stopped and (saved or asked or signals.first is not None):
+        return _stopped(folder, signals.first or signal.Signals[stopped["signal"]], stopped)
     if first and asked:
         return _stopped(folder, signals.first or (-first if first < 0 else signal.SIGTERM))
-    if signals.first is not None and not failures and first != -signal.SIGKILL:
+    if signals.first is not None and not failures and not lost:
         return _stopped(folder, signals.first)
-    return _failure(folder, failures, first, code)
+    return _failure(folder, failures, code)
 
 
 def _first_to_end(folder: Path, code: int | None) -> int | None:
@@ -350,12 +355,25 @@ def _first_to_end(folder: Path, code: int | None) -> int | None:
 
     None: we have ended them.
     """
-    log = (folder / "logs" / "launcher.log").read_text(encoding="utf-8", errors="replace")
+    log = _launcher_log(folder)
     if found := re.search(r"failed \(exitcode: (-?\d+)\)", log):
         return int(found[1])
     if found := re.search(r"SignalException: Process \d+ got signal: (\d+)", log):
         return -int(found[1])
     return code
+
+
+def _was_killed(folder: Path, code: int | None) -> bool:
+    """Whether the worker, torchrun, or a rank that it did not kill itself was ended by SIGKILL.
+
+    That rank need not be the first one: those that lose it may be seen to fail in the same moment.
+    """
+    log = _launcher_log(folder)
+    return code == -signal.SIGKILL or ("(SIGKILL)" in log and "forcefully exiting" not in log)
+
+
+def _launcher_log(folder: Path) -> str:
+    return (folder / "logs" / "launcher.log").read_text(encoding="utf-8", errors="replace")
 
 
 def _stopped(folder: Path, number: int, stopped: dict[str, Any] | None = None) -> Ending:
@@ -376,9 +394,9 @@ def _way_on(folder: Path) -> str:
     return f"nothing was saved, the record is in {folder}"
 
 
-def _failure(folder: Path, failures: list[Any], first: int | None, code: int | None) -> Ending:
+def _failure(folder: Path, failures: list[Any], code: int | None) -> Ending:
     """What went wrong: the failure that a rank wrote down first, else the end of the logs."""
-    if -signal.SIGKILL in (first, code):  # what the other ranks say then is only that they have lost it
+    if _was_killed(folder, code):  # what the other ranks say then is only that they have lost it
         return Ending(
             1,
             "a worker was killed by SIGKILL, as the kernel does when the machine's memory runs out; "
