@@ -26,7 +26,7 @@ from launch.fitting import Fits, question, remember, smaller
 from launch.parity import Outcome, cases, compare
 from launch.parity_report import write_report
 from launch.plan import Decided, Plan, as_json, decide, default_run_folder, python_environment
-from launch.record import create_run_folder, model_folder, read_json, refuse_results
+from launch.record import create_run_folder, held, model_folder, read_json, refuse_results
 from launch.registry import Recipe, find_run_file, load_module, load_recipe, shipped_recipes
 from launch.strategy import Strategy
 from launch.topology import World, cache_folder, stray_variables, worker_environment
@@ -116,7 +116,8 @@ def run_command(
         print(line, file=sys.stderr)
     if not json_:
         _print_plan(plan, _console(stderr=True))
-    ending = local.run(plan, folder)
+    with held(folder):
+        ending = local.run(plan, folder)
     if ending.exit_code:
         if ending.traceback:
             print(ending.traceback, file=sys.stderr)

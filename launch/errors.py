@@ -76,8 +76,8 @@ class StoppedError(EndedError):
 INTERRUPTED = 130
 """Exit code after Ctrl-C (SIGINT), as shells expect: 128 + 2."""
 
-TERMINATED = 143
-"""Exit code after SIGTERM: 128 + 15."""
+PREEMPTED = 75
+"""Exit code after any other signal that asks for a stop: EX_TEMPFAIL of sysexits.h, which means: try again."""
 
 EXIT_CODES: dict[int, str] = {
     0: "done",
@@ -89,6 +89,6 @@ EXIT_CODES: dict[int, str] = {
             *(NonFiniteError, ExportError, ParityError, MemoryExhaustedError),
         )
     },
+    PREEMPTED: "stopped by SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP; run it again to go on",
     INTERRUPTED: "stopped by Ctrl-C",
-    TERMINATED: "stopped by SIGTERM",
 }

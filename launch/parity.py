@@ -16,7 +16,7 @@ from typing import Any, Literal
 from launch import local
 from launch.errors import LaunchError, StoppedError
 from launch.plan import decide
-from launch.record import create_run_folder, read_plan
+from launch.record import create_run_folder, held, read_plan
 from launch.strategy import Strategy
 from launch.topology import World
 
@@ -147,7 +147,8 @@ def _run(file: str, overrides: list[str], strategy: Strategy, size: int, folder:
     stated += ["parallel.accelerate_config=null", "parallel.deepspeed_config=null"]  # which are for one strategy each
     try:
         plan = decide(file, stated, folder, World()).plan
-        ending = local.run(plan, create_run_folder(plan))
+        with held(create_run_folder(plan)):
+            ending = local.run(plan, folder)
     except LaunchError as error:
         return str(error)
     if ending.stopped:

@@ -402,12 +402,26 @@ def _command(processes: Processes, run_folder: Path) -> tuple[str, ...]:
 
 def _environment(processes: Processes) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": str(processes.threads), **python_environment()}
+    if processes.world_size > 1:
+        environment |= TORCHRUN
     if processes.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed guesses, and says so on stdout, wherever it is imported
         if not processes.strategy.shards:
             environment["ACCELERATE_USE_CPU"] = "true"
     return environment
+
+
+TORCHRUN = {
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600",
+}
+"""What torchrun, and `accelerate launch` which calls it, must know of signals.
+
+It dies of a signal that it was not told to pass on, and kills the ranks; and of one that it passes on it kills them
+after 30 s, however long their save takes (torch 2.13: distributed/run.py, distributed/launcher/api.py). Variables, not
+options: older releases, which know none of this, pass over them.
+"""
 
 
 def python_environment() -> dict[str, str]:

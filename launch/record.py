@@ -9,20 +9,27 @@ metrics.jsonl   one object a line
 checkpoints/    step-000100/ …
 export/         the trained model as a Hugging Face folder
 result.json     how it ended well
+stopped.json    which signal stopped it, and after which update
 failure-N.json  how rank N failed
+attempts/       logs and endings of earlier starts
+.lock           held by the launcher that works on it
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from launch.assets import code_root
 from launch.config import dump_yaml
@@ -66,6 +73,28 @@ def refuse_results(folder: Path) -> None:
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise RunFolderError(f"{folder}: is not empty, and a run is never overwritten; choose another --out")
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other launchers from working on a run folder.
+
+    Raises:
+        RunFolderError: one does already, or the folder cannot be written.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise RunFolderError(
+            f"{folder}: another launcher works on it (and holds {folder / '.lock'}); wait for its end, or stop it"
+        ) from None
+    except OSError as error:
+        raise RunFolderError(f"{folder}: the run folder cannot be written: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_plan(folder: Path) -> Plan:

@@ -103,5 +103,8 @@ def accelerate_yaml(plan: Plan) -> str:
     return "".join(f"# {line}".rstrip() + "\n" for line in head) + "\n" + write_yaml(values)
 
 
-_NEEDED = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU")
+_NEEDED = (
+    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU"),
+    *("PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
+)
 """What a user's own command must set; where our packages are found is not among it."""

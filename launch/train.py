@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launch.cache import Cache
 from launch.config import RunConfig
 from launch.errors import (
-    INTERRUPTED,
     ConfigError,
     DataError,
     ExportError,
@@ -37,6 +37,7 @@ from launch.plan import Plan, decide, python_environment
 from launch.recipe import Prepared, Progress, RecipeContext
 from launch.record import create_run_folder, read_plan, summary, write_json
 from launch.registry import Recipe, recipe_of
+from launch.stop import STOPPED, StopRequest, StopSignal, exit_code, spoken, write_stopped
 from launch.topology import World, cache_folder, is_supervised, read_world, worker_environment
 
 if TYPE_CHECKING:
@@ -48,18 +49,23 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Train, and end with the exit code that `launch.errors` gives to what happened."""
+    stop = StopRequest()
+    stop.install()
     arguments = _read_arguments(sys.argv[1:])
     world, start = World(), None
     try:
         world = read_world()  # once: Accelerate changes the environment later on
         start = begin(arguments, world)
-        work(start)
+        work(start, stop)
+        if stop.honoured:
+            _leave_stopped(world, stop)
     except LaunchError as error:
         _report_failure(world, start, str(error), error.exit_code)
         _end(world, error.exit_code)
-    except KeyboardInterrupt:
-        _report_failure(world, start, "stopped by Ctrl-C", INTERRUPTED)
-        _end(world, INTERRUPTED)
+    except (StopSignal, KeyboardInterrupt) as stopped:  # the latter where a library has taken SIGINT over
+        number = stopped.number if isinstance(stopped, StopSignal) else int(signal.SIGINT)
+        _report_stop(world, start, number)
+        _end(world, exit_code(number))
     except Exception as error:
         _report_failure(world, start, f"{type(error).__name__}: {error}", 1, traceback.format_exc())
         traceback.print_exc()
@@ -77,6 +83,17 @@ def _end(world: World, exit_code: int) -> NoReturn:
     if world.size > 1:
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+def _leave_stopped(world: World, stop: StopRequest) -> None:
+    """Leave after all ranks have stopped at the same update.
+
+    A code other than 0 makes torchrun end the ranks that still have a moment to go; what happened is written down for
+    the launcher. Only a process on its own has nobody else to say it for it.
+    """
+    assert stop.number is not None, "a signal has stopped it"
+    if world.size == 1 and not is_supervised():
+        sys.exit(exit_code(stop.number))
 
 
 def _read_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -146,8 +163,8 @@ def _redirect(folder: Path, rank: int, *, everything: bool) -> None:
 def _report_failure(world: World, start: Start | None, message: str, exit_code: int, trace: str = "") -> None:
     """Write the failure down for the launcher; where there is none, rank 0 tells the user itself."""
     rank = world.rank
-    folder = start.folder if start else Path(sys.argv[1]) if is_supervised() else None
-    if folder is not None and folder.is_dir():
+    folder = _known_folder(start)
+    if folder is not None:
         failure = {
             "rank": rank,
             "host": socket.gethostname(),
@@ -162,10 +179,25 @@ def _report_failure(world: World, start: Start | None, message: str, exit_code: 
             print(f"shoal: {line}", file=sys.stderr, flush=True)
 
 
+def _report_stop(world: World, start: Start | None, number: int) -> None:
+    """Write down that the run was stopped before there was anything to save; without a launcher, rank 0 says so."""
+    folder = _known_folder(start)
+    if folder is not None and not (folder / STOPPED).exists():
+        write_stopped(folder, number, 0, None)
+    if not is_supervised() and world.rank == 0:
+        print(f"shoal: stopped by {spoken(number)} before the first update", file=sys.stderr, flush=True)
+
+
+def _known_folder(start: Start | None) -> Path | None:
+    """The run folder, if there is one yet."""
+    folder = start.folder if start else Path(sys.argv[1]) if is_supervised() else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
 # --- working ---------------------------------------------------------------------------------------------
 
 
-def work(start: Start) -> None:
+def work(start: Start, stop: StopRequest) -> None:
     """Prepare, train, evaluate, export. Every rank must call this."""
     from launch.engine.agree import raise_together
     from launch.engine.progress import Display
@@ -175,6 +207,7 @@ def work(start: Start) -> None:
     display = Display(start.world.rank == 0)
     try:
         prepared, problem = _prepare(start, display)
+        stop.immediate = start.trials  # from here on ranks wait for each other, and there will be something to save
         accelerator = make_accelerator(start.plan)
         raise_together(accelerator, problem)
         assert prepared is not None, "no rank had a problem"

@@ -14,7 +14,7 @@ from launch import local
 from launch.errors import EndedError, MemoryExhaustedError
 from launch.fitting import TRIALS, Fits, advice
 from launch.plan import Plan
-from launch.record import create_run_folder, read_json
+from launch.record import create_run_folder, held, read_json
 
 
 def find(plan: Plan, say: Callable[[str], None]) -> Fits:
@@ -23,15 +23,17 @@ def find(plan: Plan, say: Callable[[str], None]) -> Fits:
     Raises:
         MemoryExhaustedError: not even the smallest fits.
         EndedError: the trials ended for another reason; their folder is kept.
-        RunFolderError: a folder that is not of trials lies where theirs would be.
+        RunFolderError: a folder that is not of trials lies where theirs would be, or they are running.
     """
     folder = Path(f"{plan.run_folder}.trials")
     if (folder / "plan.json").is_file():  # of trials that failed; anything else of this name is not ours to remove
-        shutil.rmtree(folder)
+        with held(folder):
+            shutil.rmtree(folder)
     command = (*(str(folder) if part == plan.run_folder else part for part in plan.command), "--trials")
     say(f"trying micro-batch sizes {', '.join(map(str, plan.batch.candidates))}")
     trial = plan.model_copy(update={"run_folder": str(folder), "command": command})
-    ending = local.run(trial, create_run_folder(trial))
+    with held(create_run_folder(trial)):
+        ending = local.run(trial, folder, restarts=False)
     ended_by_memory = ending.exit_code == MemoryExhaustedError.exit_code or ending.killed
     if ending.exit_code and not ended_by_memory:
         if ending.traceback:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +27,14 @@ class Args(RecipeArgs):
     """How many samples make it do so."""
     stream: bool = False
     """Whether the rows can only be read in order."""
+    seconds_to_prepare: float = 0.0
+    """How long the data take."""
+    seconds_per_batch: float = 0.0
+    """How long a forward pass takes on top."""
+    dying_rank: int | None = None
+    """A rank that kills itself by SIGKILL."""
+    dying_after: int = 0
+    """After how many forward passes of each process it does so."""
 
 
 class InOrder:
@@ -42,9 +53,15 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
     from tokenizers import Tokenizer, models
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+    time.sleep(args.seconds_to_prepare)
     rows = [[(start + step) % 11 for step in range(8)] for start in range(16)]
 
+    passes = itertools.count()
+
     def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        time.sleep(args.seconds_per_batch)
+        if os.environ.get("RANK", "0") == str(args.dying_rank) and next(passes) == args.dying_after:
+            os.kill(os.getpid(), signal.SIGKILL)
         if os.environ.get("RANK", "0") == str(args.greedy_rank) and len(batch["input_ids"]) >= args.greedy_from:
             torch.empty(2**50)
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1]

@@ -1,0 +1,87 @@
+"""Signals that ask a run to stop: what a worker does with them, and how it writes down that it has stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from launch.errors import INTERRUPTED, PREEMPTED
+from launch.record import write_json
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""What asks for a stop: systems and schedulers (TERM, USR1, USR2), a person (INT), a terminal that closes (HUP)."""
+
+STOPPED = "stopped.json"
+"""How a run was stopped, in its folder."""
+
+
+class StopSignal(BaseException):
+    """Ends a preparation, wherever it is; no `except Exception` may keep it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(spoken(number))
+        self.number = number
+
+
+class StopRequest:
+    """Whether this process was asked to stop. While there is nothing to save yet, that ends it at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        """The first signal; torchrun and SLURM may deliver it once more each."""
+        self.immediate = True
+        """Whether the signal raises `StopSignal`; False: it only leaves its number here."""
+        self.honoured = False
+        """Whether training has stopped for it."""
+
+    def install(self) -> None:
+        """Receive the signals from now on. In the main thread."""
+        self._process = os.getpid()
+        for number in receivable():
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if os.getpid() != self._process:  # a forked child, of a pool say, which its parent ends by SIGTERM
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if self.number is None:
+            self.number = number
+            if self.immediate:
+                raise StopSignal(number)
+
+
+def receivable() -> list[signal.Signals]:
+    """The signals to handle: all, but SIGHUP stays ignored where `nohup` has seen to that."""
+    return [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+
+
+def ignore_in_data_worker(worker: int = 0) -> None:  # noqa: ARG001
+    """Ignore the signals: data workers are needed until the last update is done, and end with their rank."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def exit_code(number: int) -> int:
+    """What a process stopped by this signal ends with."""
+    return INTERRUPTED if number == signal.SIGINT else PREEMPTED
+
+
+def spoken(number: int) -> str:
+    """What a person calls it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def write_stopped(folder: Path, number: int, update: int, checkpoint: Path | None) -> None:
+    """Write down that all ranks have stopped after this update, and the checkpoint they have left, if any."""
+    content = {
+        "signal": signal.Signals(number).name,
+        "update": update,
+        "checkpoint": checkpoint.relative_to(folder).as_posix() if checkpoint else None,
+        "time": time.time(),
+    }
+    write_json(folder / STOPPED, content)
