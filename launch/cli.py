@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -166,6 +167,15 @@ def plan_command(
     _print_plan(plan, console)
     _print_command(plan)
     _print_config(decided.loaded, decided.recipe, console)
+
+
+@app.command("prepare", cls=_CommandWithKeys)
+def prepare_command(file: RunFile, overrides: Overrides = None, json_: AsJson = False) -> None:
+    """Tokenise the data of a run into the cache, on any machine: no devices, no processes, no run folder."""
+    command = [sys.executable, "-m", "launch.prepare", *(["--json"] if json_ else []), "--", file, *(overrides or [])]
+    environment = worker_environment({**python_environment(), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
+    # This process becomes the one with torch, so that a signal reaches it and its exit code is the command's.
+    os.execve(sys.executable, command, environment)
 
 
 @app.command("parity")

@@ -20,12 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch.cache import Cache
-from launch.config import RunConfig
 from launch.errors import (
     INTERRUPTED,
     ConfigError,
-    DataError,
     ExportError,
     LaunchError,
     MemoryExhaustedError,
@@ -34,10 +31,11 @@ from launch.errors import (
 from launch.fitting import TRIALS, advice
 from launch.outside import refuse_another
 from launch.plan import Plan, decide, python_environment
-from launch.recipe import Prepared, Progress, RecipeContext
+from launch.prepare import prepare
+from launch.recipe import Prepared
 from launch.record import create_run_folder, read_plan, summary, write_json
 from launch.registry import Recipe, recipe_of
-from launch.topology import World, cache_folder, is_supervised, read_world, worker_environment
+from launch.topology import World, is_supervised, read_world, worker_environment
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -240,44 +238,10 @@ def _leave(accelerator: Accelerator) -> None:
 
 def _prepare(start: Start, display: Display) -> tuple[Prepared | None, LaunchError | None]:
     """Prepare the data before any process group exists: no collective can time out while a rank tokenises."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    display.say(f"preparing {start.plan.config.recipe}")
-    progress = Progress(display.start, display.advance, display.finish)
-    context = RecipeContext(Cache(cache_folder()), start.plan.config.train.seed, progress)
     try:
-        prepared = start.recipe.prepare(context)
-        check_data(start.plan.config, prepared)
-        return prepared, None
+        return prepare(start.recipe, start.plan.config, display)[0], None
     except LaunchError as error:
         return None, error
-
-
-def check_data(config: RunConfig, prepared: Prepared) -> None:
-    """Look at the data as far as no sample need be read.
-
-    Raises:
-        ConfigError: it is no data, or the length of the run depends on that of a stream.
-        DataError: there is no sample.
-    """
-    from launch.engine.streams import is_stream
-
-    for name, data in (("training", prepared.train), ("validation", prepared.validation)):
-        if not is_stream(data):
-            if not len(data):
-                raise DataError(f"recipe = {config.recipe}: its {name} data holds no sample")
-        elif not hasattr(data, "__iter__") or hasattr(data, "__next__"):
-            raise ConfigError(
-                f"recipe = {config.recipe}: its {name} data is a {type(data).__name__}; it must have __len__ and "
-                "__getitem__, or an __iter__ that begins with the first sample each time it is called"
-            )
-    if is_stream(prepared.train) and config.train.epochs is not None:
-        raise ConfigError(
-            f"train.epochs = {config.train.epochs:g}: the training data of {config.recipe} is a stream, of which only "
-            "the end tells the length; state train.max_steps instead"
-        )
 
 
 def _make_folder(start: Start, accelerator: Accelerator, display: Display) -> Path:
