@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     patch_environment,
 )
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import unset_hf_deepspeed_config
@@ -39,13 +41,11 @@ def make_accelerator(plan: Plan) -> Accelerator:
     processes, train = plan.processes, plan.config.train
     strategy, on_cpu = processes.strategy, processes.device == "cpu"
     _check_precision(processes.device, train.precision)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"kwargs_handlers": [_process_group(plan)]}
     environment: dict[str, str] = {}
     if strategy.kind == "zero":
         options["deepspeed_plugin"] = _deepspeed_plugin(plan)
         if on_cpu:
-            # Without a backend Accelerate 1.15 takes each rank for a world of one (PartialState._prepare_backend).
-            options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
             environment = {"accelerate_use_cpu": "false", "ds_accelerator": "cpu"}
     elif strategy.kind == "fsdp2":
         options["fsdp_plugin"] = _fsdp_plugin(strategy, on_cpu, getattr(torch, plan.dtypes.forward))
@@ -69,6 +69,19 @@ def make_accelerator(plan: Plan) -> Accelerator:
         # and have no shape: every one would look like a bias to `optim.parameter_groups`, and none would decay.
         unset_hf_deepspeed_config()
     return accelerator
+
+
+def _process_group(plan: Plan) -> InitProcessGroupKwargs:
+    """With what the process group is made: above all, how long a rank waits for the others."""
+    timeout = timedelta(seconds=plan.config.parallel.timeout_seconds)
+    # Groups made later, such as DeepSpeed's clone of the world, take torch's own defaults (10 minutes for NCCL, else
+    # 30) and not the world's. So does the world itself for 600 s: Accelerate 1.15 takes that for "not set".
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, default, timeout)
+    if plan.processes.strategy.kind == "zero" and plan.processes.device == "cpu":
+        # Without a backend Accelerate 1.15 takes each rank for a world of one (PartialState._prepare_backend).
+        return InitProcessGroupKwargs(backend="gloo", timeout=timeout)
+    return InitProcessGroupKwargs(timeout=timeout)
 
 
 def _check_precision(device: str, precision: str) -> None:
