@@ -163,6 +163,13 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def disown(folder: Path) -> None:
+    """Take the name from a damaged checkpoint, so that nothing counts it; it stays there, for a person to look at."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
 def clean(run: Path) -> None:
     """Remove what killed processes have left half written or half removed."""
     folder = checkpoints_folder(run)
@@ -254,8 +261,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def superfluous(run: Path, keep_last: int | None, best: Iterable[int]) -> Iterator[Path]:
     """Whole checkpoints that may go: older than the newest `keep_last` whole ones, and not of an update in `best`.
 
-    Damaged ones count for nothing, so that of the good ones there are never fewer than before; they stay where they
-    are, for a person to look at.
+    Damaged ones count for nothing, so that of the good ones there are never fewer than before.
     """
     if keep_last is None:
         return

@@ -6,6 +6,7 @@ writes this rank's file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -27,6 +28,7 @@ from launch.checkpoints import (
     checkpoint_folder,
     clean,
     damage,
+    disown,
     free_bytes,
     listed,
     newest_complete,
@@ -224,7 +226,7 @@ def size_in_words(size: float) -> str:
 def find(accelerator: Accelerator, run: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint of a run that is exactly as it was written, or None where there is none. Collective.
 
-    The ranks share out the files to be read. Those that are skipped are named, with the reason.
+    The ranks share out the files to be read. Those that are skipped are named, with the reason, and disowned.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     for folder in from_main(accelerator, listed(run)):
@@ -233,4 +235,7 @@ def find(accelerator: Accelerator, run: Path, say: Callable[[str], None]) -> Pat
         if not reasons:
             return Path(folder)
         say(f"checkpoint {folder.name} is skipped: {reasons[0]}")
+        if accelerator.is_main_process:
+            with contextlib.suppress(OSError):
+                disown(folder)
     return None
