@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +22,7 @@ from typer.core import TyperCommand
 
 from launch import __version__, local
 from launch.cache import Cache
+from launch.checkpoint_export import export
 from launch.config import Key, Loaded, RunConfig, describe, load
 from launch.errors import (
     EXIT_CODES,
@@ -32,6 +35,8 @@ from launch.errors import (
 )
 from launch.explain import explain
 from launch.fitting import Fits, question, remember, smaller
+from launch.inventory import TITLES, Entry, discard, inventory, newest, rows, size_in_words, superfluous
+from launch.inventory import as_json as inventory_as_json
 from launch.parity import Outcome, cases, compare
 from launch.parity_report import write_report
 from launch.plan import Decided, Plan, as_json, decide, default_run_folder, python_environment
@@ -44,6 +49,7 @@ from launch.record import (
     is_run_folder,
     model_folder,
     read_json,
+    read_plan,
     refuse_results,
 )
 from launch.registry import Recipe, find_run_file, load_module, load_recipe, shipped_recipes
@@ -101,6 +107,7 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="RUN_FOLDER", help="Where to keep the run [runs/<recipe>-<time>]."),
 ]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout and nothing else.")]
 
 
@@ -326,6 +333,85 @@ def _parity_row(outcome: Outcome) -> list[str]:
     loss, weight = ("" if value is None else f"{value:.1e}" for value in (outcome.loss, outcome.weight))
     same = ["equal" if yes else "DIFFERENT" for yes in (outcome.same_rates, outcome.same_metrics, outcome.same_samples)]
     return [*head, loss, weight if outcome.same_tensors else "other tensors", *same, outcome.verdict]
+
+
+@app.command("checkpoints")
+def checkpoints_command(
+    run: RunFolder,
+    json_: AsJson = False,
+    verify: Annotated[bool, typer.Option(help="Hash every file, or look at marks and sizes only.")] = True,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove what need not be kept, and leftovers.")] = False,
+    keep_last: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --prune: keep the newest N good ones [the run's save.keep_last]."),
+    ] = None,
+) -> None:
+    """List the checkpoints of a run: which are good, which one `shoal resume` goes on from, which is the best.
+
+    Ends with 5 where there are checkpoints and none is good.
+    """
+    if keep_last is not None and not prune:
+        raise ConfigError(f"command line: --keep-last {keep_last}: says what --prune keeps; add --prune")
+    if prune and not verify:
+        raise ConfigError("command line: --prune --no-verify: what is kept must be seen to be good; drop --no-verify")
+    save = read_plan(run).config.save
+    if prune:
+        with held(run):
+            entries = inventory(run, verify=True)
+            removed = discard(superfluous(entries, keep_last or save.keep_last, save.keep_best))
+    else:
+        entries, removed = inventory(run, verify=verify), []
+    left = [entry for entry in entries if entry not in removed]
+    if json_:
+        print(json.dumps(inventory_as_json(run, left, removed, verified=verify), indent=2))
+    else:
+        _print_checkpoints(run, left, removed)
+    if not newest(left) and any(entry.state == "damaged" for entry in left):
+        raise RunFolderError(f"{run}: none of its checkpoints is good; `shoal resume` begins the run anew")
+
+
+def _print_checkpoints(run: Path, entries: list[Entry], removed: list[Entry]) -> None:
+    for entry in removed:
+        print(f"removed {entry.name} ({size_in_words(entry.bytes)}, {entry.verdict})")
+    if removed:
+        print(f"{sum(entry.bytes for entry in removed):,} bytes freed")
+    if not entries:
+        return print(f"{run}: has no checkpoints (yet)")
+    _print_table(TITLES, rows(entries))
+    if (going_on := newest(entries)) and entries[0].state == "damaged":
+        print(f"The newest one is damaged: `shoal resume` sets it aside and goes on from {going_on.name}.")
+    return None
+
+
+def _print_table(titles: Iterable[str], lines: list[list[str]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for line in lines:
+        table.add_row(*map(Text, line))
+    _console().print(table)
+
+
+@app.command("export")
+def export_command(
+    run: RunFolder,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="NAME", help="Which one: newest, best (lowest validation loss), or its name.")
+    ] = "newest",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write the model [RUN/export-<checkpoint>].")
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """Make a plain Hugging Face folder of a checkpoint, and see that it loads as what is stored."""
+    read_plan(run)
+    done = export(run, checkpoint, out)
+    if json_:
+        print(json.dumps({**asdict(done), "folder": str(done.folder), "checkpoint": str(done.checkpoint)}))
+        return
+    tied = "".join(f"; one weight: {', '.join(group)}" for group in done.tied)
+    print(f"{done.parameters:,} parameters of {done.checkpoint.name}; {done.tensors} tensors load as stored{tied}")
+    print(f"model: {done.folder}")
 
 
 @app.command("generate")
