@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shlex
 import subprocess
 import sys
@@ -22,6 +23,12 @@ from typer.core import TyperCommand
 
 from launch import __version__, local
 from launch.cache import Cache
+from launch.chaos import INTERRUPTED as INTERRUPTED_RUN
+from launch.chaos import UNDISTURBED, Interruption, Strike, draw, pace_of, run_interrupted, run_undisturbed, settings
+from launch.chaos_report import TITLES as CHAOS_TITLES
+from launch.chaos_report import rows as chaos_rows
+from launch.chaos_report import verdict
+from launch.chaos_report import write_report as write_report_of_chaos
 from launch.checkpoint_export import export
 from launch.config import Key, Loaded, RunConfig, describe, load
 from launch.errors import (
@@ -37,7 +44,7 @@ from launch.explain import explain
 from launch.fitting import Fits, question, remember, smaller
 from launch.inventory import TITLES, Entry, discard, inventory, newest, rows, size_in_words, superfluous
 from launch.inventory import as_json as inventory_as_json
-from launch.parity import Outcome, cases, compare
+from launch.parity import Outcome, cases, compare, duration
 from launch.parity_report import write_report
 from launch.plan import Decided, Plan, as_json, decide, default_run_folder, python_environment
 from launch.record import (
@@ -53,6 +60,9 @@ from launch.record import (
     refuse_results,
 )
 from launch.registry import Recipe, find_run_file, load_module, load_recipe, shipped_recipes
+from launch.sameness import Compared
+from launch.sameness import compare as compare_runs
+from launch.stop import StopRequest, StopSignal, exit_code, spoken
 from launch.strategy import Strategy
 from launch.topology import World, cache_folder, stray_variables, worker_environment
 from launch.trials import find
@@ -286,6 +296,55 @@ def parity_command(
     ]
     if different:
         raise ParityError(f"not the same numbers: {', '.join(different)}; runs: {folder}")
+
+
+@app.command("chaos")
+def chaos_command(
+    file: RunFile,
+    overrides: Overrides = None,
+    kills: Annotated[int, typer.Option(min=1, metavar="K", help="How often to interrupt the run.")] = 3,
+    seed: Annotated[int | None, typer.Option(help="Of kinds and moments; without it others each time.")] = None,
+    out: Out = None,
+    json_: AsJson = False,
+) -> None:
+    """Run FILE twice, undisturbed and interrupted by signals and kills, and show that the numbers are the same.
+
+    Forty updates unless train.max_steps or train.epochs is stated here. The run folder gets chaos.json.
+    """
+    folder = (out or default_run_folder("chaos")).absolute()
+    seed = secrets.randbelow(10**6) if seed is None else seed
+    stated, config, told = settings(file, overrides or [], folder)
+    refuse_results(folder)
+    for line in told:
+        print(line, file=sys.stderr)
+    StopRequest().install()
+    happened: list[Interruption] = []
+    strikes: list[Strike] = []
+    compared: Compared | None = None
+    try:
+        print("undisturbed run", file=sys.stderr)
+        took = run_undisturbed([file, *stated], folder)
+        updates, pace = pace_of(folder)
+        strikes = draw(kills, updates, seed)
+        print(f"{duration(took)}; now with {kills} interruptions (--seed {seed})", file=sys.stderr)
+        said = lambda text: print(text, file=sys.stderr)  # noqa: E731
+        for each in run_interrupted([file, *stated], folder, strikes, pace, took, said):
+            happened.append(each)
+        compared = compare_runs(folder / UNDISTURBED, folder / INTERRUPTED_RUN)
+    except StopSignal as signal:
+        raise StoppedError(f"stopped by {spoken(signal.number)}; runs: {folder}", exit_code(signal.number)) from None
+    finally:
+        report = write_report_of_chaos(folder, config, seed, strikes, happened, compared)
+    if json_:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_table(CHAOS_TITLES, chaos_rows(happened))
+        print("\n".join(verdict(compared, kills, len(happened))))
+        print(f"data: {report['data']}\nruns: {folder}")
+    if not compared.same:
+        raise ParityError(f"not the same numbers: {compared.differences[0]}; runs: {folder}")
+    if not happened:
+        raise ConfigError(f"the run was over before any interruption; make it longer: train.max_steps={10 * updates}")
 
 
 def _listed(text: str) -> list[str]:

@@ -81,7 +81,7 @@ class Entry:
 
 
 def inventory(run: Path, *, verify: bool) -> list[Entry]:
-    """Everything below checkpoints/, the newest first; with `verify` each file is hashed, else only its size is seen."""
+    """Everything below checkpoints/, the newest first; `verify` hashes every file, else only sizes are looked at."""
     folders = listed(run)
     problems = _damages(folders) if verify else {folder: outer_damage(folder) for folder in folders}
     # A run that goes on may have removed some while they were read.
@@ -107,7 +107,7 @@ def _damages(folders: list[Path]) -> dict[Path, str | None]:
     """What is wrong with each, hashes included; files are read side by side."""
     parts = [(folder, share) for folder in folders for share in range(_THREADS)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(lambda part: damage(*part, _THREADS), parts))
+        found = list(pool.map(lambda part: damage(part[0], part[1], _THREADS), parts))
     problems: dict[Path, str | None] = dict.fromkeys(folders)
     for (folder, _), problem in zip(parts, found, strict=True):
         problems[folder] = problems[folder] or problem
@@ -173,7 +173,7 @@ def discard(entries: Iterable[Entry]) -> list[Entry]:
     Raises:
         RunFolderError: one cannot be removed.
     """
-    gone = []
+    gone: list[Entry] = []
     for entry in entries:
         try:
             remove(entry.folder) if entry.good else shutil.rmtree(entry.folder)
