@@ -31,6 +31,10 @@ class Args(RecipeArgs):
     """How long the data take."""
     seconds_per_batch: float = 0.0
     """How long a forward pass takes on top."""
+    dropout: float = 0.0
+    """Share of what the layers leave out, at random."""
+    forgetful: bool = False
+    """Whether the loss depends on how long the process runs, so that no run that was interrupted can be right."""
     dying_rank: int | None = None
     """A rank that kills itself by SIGKILL."""
     dying_after: int = 0
@@ -65,13 +69,15 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
         if os.environ.get("RANK", "0") == str(args.greedy_rank) and len(batch["input_ids"]) >= args.greedy_from:
             torch.empty(2**50)
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(
+        total = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum"
         )
+        return total * (1 + next(passes) / 1000) if args.forgetful else total
 
     def build_model() -> GPT2LMHeadModel:
         sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": args.width, "n_layer": 1, "n_head": 1}
-        model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+        dropout = {f"{where}_pdrop": args.dropout for where in ("resid", "embd", "attn")}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout))
         if args.hooked:
             model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.01)
         return model

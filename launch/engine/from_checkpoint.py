@@ -20,6 +20,9 @@ from launch.engine.sharding import tied_names
 from launch.engine.shards import Stored
 from launch.errors import ExportError
 
+SHARD_SIZE = "5GB"
+"""Largest file of weights: what most hosts and file systems take without a word."""
+
 STATE_FILES = ("state.json", "state-*.safetensors", "manifest.json", "COMPLETE", "config.json")
 """Of a checkpoint, what is not copied; `config.json` is written anew."""
 
@@ -43,7 +46,7 @@ def export(checkpoint: Path, folder: Path) -> dict[str, Any]:
     try:
         # Tied names share one tensor, so that it is saved once.
         shared = {name: weights[group[0]] for group in _stored_first(tied, weights) for name in group}
-        bare.save_pretrained(aside, state_dict={**weights, **shared})
+        bare.save_pretrained(aside, state_dict={**weights, **shared}, max_shard_size=SHARD_SIZE)
         _copy_others(checkpoint, aside)
         _compare(aside, model_class, weights, tied)
         aside.rename(folder)
