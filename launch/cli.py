@@ -437,7 +437,8 @@ def _print_checkpoints(run: Path, entries: list[Entry], removed: list[Entry]) ->
     if not entries:
         return print(f"{run}: has no checkpoints (yet)")
     _print_table(TITLES, rows(entries))
-    if (going_on := newest(entries)) and entries[0].state == "damaged":
+    damaged = [entry.update for entry in entries if entry.state == "damaged"]
+    if (going_on := newest(entries)) and damaged and damaged[0] > going_on.update:
         print(f"The newest one is damaged: `shoal resume` sets it aside and goes on from {going_on.name}.")
     return None
 
