@@ -34,8 +34,8 @@ UNDISTURBED, INTERRUPTED = "undisturbed", "interrupted"
 UPDATES = 40
 """Length of the runs unless it is stated."""
 
-SAVES = 8
-"""How often a run is saved whose run file does so too rarely."""
+FEWEST_SAVES, SAVES = 4, 8
+"""A run whose run file saves it less often than the first is saved as often as the second."""
 
 TAIL_BYTES = 1 << 16
 """Of metrics.jsonl, enough to hold the newest records."""
@@ -129,8 +129,8 @@ def settings(file: str, stated: list[str], folder: Path) -> tuple[list[str], Run
         overrides += [] if is_stated(key) else [f"{key}={value}"]
     plan = decide(file, overrides, folder / UNDISTURBED, World()).plan
     every, updates = plan.config.save.every_steps, plan.length.updates or UPDATES
-    often = max(1, updates // SAVES)
-    if not is_stated("save.every_steps") and (every is None or every > 2 * often):
+    if not is_stated("save.every_steps") and (every is None or every * FEWEST_SAVES > updates):
+        often = max(1, updates // SAVES)
         overrides.append(f"save.every_steps={often}")
         told.append(f"save.every_steps = {often} for both runs, since {every or 'null'} saves too rarely to go on from")
         plan = decide(file, overrides, folder / UNDISTURBED, World()).plan

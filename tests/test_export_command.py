@@ -58,7 +58,7 @@ def test_the_newest_checkpoint_becomes_the_export_of_the_run_bit_for_bit_and_gen
     assert tied_names(model) == [["lm_head.weight", "transformer.wte.weight"]]
     assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.float32}
     said = shoal(run.parent, "generate", str(folder), "a", "--max-new-tokens", "3")
-    assert (said.returncode, said.stdout[:1]) == (0, "a"), said.stderr
+    assert said.returncode == 0, said.stderr
 
     again = shoal(run.parent, "export", "run")
     assert (again.returncode, again.stderr) == (
@@ -178,10 +178,11 @@ def test_what_does_not_load_as_it_is_stored_is_refused(
     with pytest.raises(ExportError, match=r"what loads is another model \(with lm_head.weight besides\)"):
         from_checkpoint.export(copy, tmp_path / "out")
 
-    def without_tokenizer(checkpoint: Path, folder: Path) -> None:  # noqa: ARG001
-        return
+    def broken_tokenizer(checkpoint: Path, folder: Path) -> None:
+        copy_others(checkpoint, folder)
+        (folder / "tokenizer.json").write_text("{")
 
-    monkeypatch.setattr(from_checkpoint, "_copy_others", without_tokenizer)
+    monkeypatch.setattr(from_checkpoint, "_copy_others", broken_tokenizer)
     with pytest.raises(ExportError, match="does not load again"):
         from_checkpoint.export(copy, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [copy]
