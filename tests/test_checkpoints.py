@@ -147,7 +147,8 @@ def test_a_process_may_be_killed_at_any_moment_of_a_save(tmp_path: Path) -> None
     """SIGKILL before each of 50 random calls that change the disk: no good checkpoint is lost, no half one made."""
     save(tmp_path, 1)
     save(tmp_path, 2)
-    moments = [str(random.Random(3).randrange(44)) for _ in range(50)]
+    draw = random.Random(3)
+    moments = [str(draw.randrange(44)) for _ in range(50)]
     moments += ["0", "100000"]
     shown = subprocess.run(
         [sys.executable, "-m", "tests.killed_saver", str(tmp_path), *moments],
