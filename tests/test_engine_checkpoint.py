@@ -162,6 +162,15 @@ def test_a_range_that_nobody_has_written_is_missed(tmp_path: Path) -> None:
         stored.load(Piece("model/other", torch.empty(1), 0, (1,), shared=False))
 
 
+def test_ranges_may_overlap(tmp_path: Path) -> None:
+    """As counters do, which every rank writes whole."""
+    for rank, first in enumerate((0, 4)):
+        values = torch.arange(first, first + 8.0)
+        piece = Piece("model/vector", values, first, (12,), shared=False)
+        write_shard(tmp_path / f"state-0000{rank}-of-00002.safetensors", list(parts([piece], rank, 2)))
+    assert torch.equal(Stored(tmp_path).whole("model/vector"), torch.arange(12.0))
+
+
 def test_other_readers_of_the_format_can_read_a_shard(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
