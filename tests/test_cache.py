@@ -197,10 +197,10 @@ def build_and_die(root: Path, event: str, suffix: str) -> None:
 def build_until_killed(root: Path, forks: bool) -> None:
     def build(folder: Path) -> None:
         if forks and os.fork() == 0:
-            time.sleep(60)
+            time.sleep(30)
             os._exit(0)
         (folder / "half.txt").write_text(str(os.getpid()))
-        time.sleep(60)
+        time.sleep(30)
 
     Cache(root).folder("tokens", KEY, build)
 
