@@ -21,6 +21,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -162,6 +163,13 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def disown(folder: Path) -> None:
+    """Take the name from a damaged checkpoint, so that nothing counts it; it stays there, for a person to look at."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
 def clean(run: Path) -> None:
     """Remove what killed processes have left half written or half removed."""
     folder = checkpoints_folder(run)
@@ -241,14 +249,19 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """What all ranks had in common when a checkpoint was made."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return state
+
+
 # --- pruning ---------------------------------------------------------------------------------------------
 
 
 def superfluous(run: Path, keep_last: int | None, best: Iterable[int]) -> Iterator[Path]:
     """Whole checkpoints that may go: older than the newest `keep_last` whole ones, and not of an update in `best`.
 
-    Damaged ones count for nothing, so that of the good ones there are never fewer than before; they stay where they
-    are, for a person to look at.
+    Damaged ones count for nothing, so that of the good ones there are never fewer than before.
     """
     if keep_last is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -20,13 +21,31 @@ from typer.core import TyperCommand
 from launch import __version__, local
 from launch.cache import Cache
 from launch.config import Key, Loaded, RunConfig, describe, load
-from launch.errors import EXIT_CODES, ConfigError, LaunchError, MemoryExhaustedError, ParityError, StoppedError
+from launch.errors import (
+    EXIT_CODES,
+    ConfigError,
+    LaunchError,
+    MemoryExhaustedError,
+    ParityError,
+    RunFolderError,
+    StoppedError,
+)
 from launch.explain import explain
 from launch.fitting import Fits, question, remember, smaller
 from launch.parity import Outcome, cases, compare
 from launch.parity_report import write_report
 from launch.plan import Decided, Plan, as_json, decide, default_run_folder, python_environment
-from launch.record import create_run_folder, held, model_folder, read_json, refuse_results
+from launch.record import (
+    changed_settings,
+    continue_run_folder,
+    create_run_folder,
+    held,
+    is_finished,
+    is_run_folder,
+    model_folder,
+    read_json,
+    refuse_results,
+)
 from launch.registry import Recipe, find_run_file, load_module, load_recipe, shipped_recipes
 from launch.strategy import Strategy
 from launch.topology import World, cache_folder, stray_variables, worker_environment
@@ -99,24 +118,54 @@ def run_command(
     json_: AsJson = False,
     debug_cpu: DebugCpu = None,
 ) -> None:
-    """Train, evaluate and export; everything is written to the run folder."""
+    """Train, evaluate and export; everything is written to the run folder. A run that was interrupted goes on."""
+    _carry_out(file, overrides, out, json_, debug_cpu)
+
+
+@app.command("resume", cls=_CommandWithKeys)
+def resume_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that was interrupted.")],
+    overrides: Overrides = None,
+    json_: AsJson = False,
+) -> None:
+    """Go on with a run from its newest good checkpoint, with the settings it was begun with.
+
+    Overrides may change what leaves its numbers alone: devices, strategy, micro-batch size, saving, tracking.
+    """
+    if not is_run_folder(run):
+        raise RunFolderError(f"{run}: is not a run folder (no plan.json in it); give one that `shoal run` has made")
+    _carry_out(str(run / "run.yaml"), overrides, run, json_, None)
+
+
+def _carry_out(file: str, overrides: list[str] | None, out: Path | None, json_: bool, debug_cpu: int | None) -> None:
+    """Begin a run, or go on with the one in the run folder, and see it through to its end."""
     decided, differences = _decide(file, overrides, out, debug_cpu)
     plan = decided.plan
-    cache = Cache(cache_folder())
-    refuse_results(Path(plan.run_folder))
+    folder, cache = Path(plan.run_folder), Cache(cache_folder())
+    goes_on = is_run_folder(folder)
+    if not goes_on:
+        refuse_results(folder)
+    elif is_finished(folder):
+        changed_settings(plan)  # lest another run be taken for this one
+        complain(f"{folder}: this run is finished already")
+        return _print_result(folder, json_)
     if plan.batch.candidates:
         remember(cache, question(plan), find(plan, complain))
-        decided, differences = _decide(file, overrides, Path(plan.run_folder), debug_cpu)
+        decided, differences = _decide(file, overrides, folder, debug_cpu)
         plan = decided.plan
-    folder = create_run_folder(plan)
-    stray = stray_variables()
-    if stray:
-        complain(f"not passed on from the environment, because the run file decides it: {', '.join(stray)}")
-    for line in differences:
-        print(line, file=sys.stderr)
-    if not json_:
-        _print_plan(plan, _console(stderr=True))
+    if not goes_on:
+        create_run_folder(plan)
     with held(folder):
+        if goes_on:
+            for line in continue_run_folder(plan):
+                print(f"changed since the last start: {line}", file=sys.stderr)
+        stray = stray_variables()
+        if stray:
+            complain(f"not passed on from the environment, because the run file decides it: {', '.join(stray)}")
+        for line in differences:
+            print(line, file=sys.stderr)
+        if not json_:
+            _print_plan(plan, _console(stderr=True))
         ending = local.run(plan, folder)
     if ending.exit_code:
         if ending.traceback:
@@ -125,6 +174,10 @@ def run_command(
         if ending.exit_code == MemoryExhaustedError.exit_code:
             _learn_from_too_large(plan, cache)
         raise typer.Exit(ending.exit_code)
+    return _print_result(folder, json_)
+
+
+def _print_result(folder: Path, json_: bool) -> None:
     result = read_json(folder / "result.json")
     print(json.dumps(result) if json_ else result["summary"])
 
@@ -167,6 +220,15 @@ def plan_command(
     _print_plan(plan, console)
     _print_command(plan)
     _print_config(decided.loaded, decided.recipe, console)
+
+
+@app.command("prepare", cls=_CommandWithKeys)
+def prepare_command(file: RunFile, overrides: Overrides = None, json_: AsJson = False) -> None:
+    """Tokenise the data of a run into the cache, on any machine: no devices, no processes, no run folder."""
+    command = [sys.executable, "-m", "launch.prepare", *(["--json"] if json_ else []), "--", file, *(overrides or [])]
+    environment = worker_environment({**python_environment(), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
+    # This process becomes the one with torch, so that a signal reaches it and its exit code is the command's.
+    os.execve(sys.executable, command, environment)
 
 
 @app.command("parity")

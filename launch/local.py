@@ -21,7 +21,7 @@ import psutil
 from launch.checkpoints import newest_complete, update_of
 from launch.errors import INTERRUPTED, PREEMPTED
 from launch.plan import Plan
-from launch.record import read_json
+from launch.record import put_aside, read_json
 from launch.stop import SIGNALS, STOPPED, exit_code, receivable, spoken
 from launch.topology import worker_environment
 
@@ -236,7 +236,7 @@ def _alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 def _attempt(plan: Plan, folder: Path, signals: _Signals) -> Ending:
     """Start the workers once."""
-    _put_aside(folder)
+    put_aside(folder)
     with (folder / "logs" / "launcher.log").open("wb") as log:
         process = subprocess.Popen(
             plan.command,
@@ -253,20 +253,6 @@ def _attempt(plan: Plan, folder: Path, signals: _Signals) -> Ending:
     finally:
         workers.end()
     return _ending(folder, code, signals)
-
-
-def _put_aside(folder: Path) -> None:
-    """Move the logs and endings of an earlier start into attempts/N/."""
-    logs = folder / "logs"
-    told = [*folder.glob("failure-*.json"), *folder.glob(STOPPED)]
-    if not told and not any(logs.iterdir()):
-        return
-    attempts = folder / "attempts"
-    aside = attempts / str(1 + len(list(attempts.iterdir())) if attempts.is_dir() else 1)
-    aside.mkdir(parents=True)
-    for path in [*told, logs]:
-        path.replace(aside / path.name)
-    logs.mkdir()
 
 
 def _stderr() -> IO[str] | int:

@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -33,9 +34,10 @@ from filelock import FileLock, Timeout
 
 from launch.assets import code_root
 from launch.config import dump_yaml
-from launch.errors import RunFolderError
+from launch.errors import ConfigError, RunFolderError
 from launch.plan import Plan, as_json
 from launch.render import accelerate_yaml
+from launch.resume import changes
 from launch.secret import argument_without_secrets
 from launch.topology import recorded_environment
 
@@ -55,14 +57,80 @@ def create_run_folder(plan: Plan) -> Path:
     try:
         refuse_results(folder)
         (folder / "logs").mkdir(parents=True)
-        (folder / "run.yaml").write_text(dump_yaml(plan.config), encoding="utf-8")
-        if plan.deepspeed is not None:
-            write_json(folder / "deepspeed.json", plan.deepspeed)
-        (folder / "accelerate.yaml").write_text(accelerate_yaml(plan), encoding="utf-8")
-        write_json(folder / "plan.json", {"plan": as_json(plan), **surroundings()})
+        _write_down(plan, folder)
     except OSError as error:
-        raise RunFolderError(f"{folder}: the run folder cannot be written: {error.strerror or error}") from None
+        raise _unwritable(folder, error) from None
     return folder
+
+
+def continue_run_folder(plan: Plan) -> list[str]:
+    """Write down what was decided for another start of the run in its folder; the settings that have changed.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+        ConfigError: the run was begun with settings that mean other numbers.
+    """
+    folder = Path(plan.run_folder)
+    changed = changed_settings(plan)
+    try:
+        put_aside(folder)
+        _write_down(plan, folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    return changed
+
+
+def _write_down(plan: Plan, folder: Path) -> None:
+    write_text(folder / "run.yaml", dump_yaml(plan.config))
+    if plan.deepspeed is not None:
+        write_json(folder / "deepspeed.json", plan.deepspeed)
+    write_text(folder / "accelerate.yaml", accelerate_yaml(plan))
+    write_json(folder / "plan.json", {"plan": as_json(plan), **surroundings()})
+
+
+def _unwritable(folder: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(f"{folder}: the run folder cannot be written: {error.strerror or error}")
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run was begun there."""
+    return (folder / "plan.json").is_file()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder has ended well."""
+    return (folder / "result.json").is_file()
+
+
+def changed_settings(plan: Plan) -> list[str]:
+    """What is set otherwise than at the last start of the run in the folder of this plan, `key: old → new`.
+
+    Raises:
+        ConfigError: the run was begun with settings that mean other numbers.
+    """
+    before = read_plan(Path(plan.run_folder)).config.model_dump(mode="json")
+    harmless, dangerous = changes(before, plan.config.model_dump(mode="json"))
+    if dangerous:
+        raise ConfigError(
+            f"{plan.run_folder}: was begun with other settings, and to go on with these would give the numbers of "
+            f"neither: {'; '.join(dangerous)}; set them back, or begin a new run with another --out"
+        )
+    return harmless
+
+
+def put_aside(folder: Path) -> None:
+    """Move what belongs to an earlier start alone, logs, endings and plan, into attempts/N/."""
+    logs = folder / "logs"
+    told = [*folder.glob("failure-*.json"), *folder.glob("stopped.json")]
+    if not told and not (logs.is_dir() and any(logs.iterdir())):
+        return
+    attempts = folder / "attempts"
+    aside = attempts / str(1 + len(list(attempts.iterdir())) if attempts.is_dir() else 1)
+    aside.mkdir(parents=True)
+    for path in [*told, logs]:
+        path.replace(aside / path.name)
+    shutil.copy2(folder / "plan.json", aside / "plan.json")
+    logs.mkdir()
 
 
 def refuse_results(folder: Path) -> None:
@@ -72,29 +140,41 @@ def refuse_results(folder: Path) -> None:
         RunFolderError: there is something in it.
     """
     if folder.is_dir() and any(folder.iterdir()):
-        raise RunFolderError(f"{folder}: is not empty, and a run is never overwritten; choose another --out")
+        raise RunFolderError(
+            f"{folder}: is not empty, and holds no run to go on with; nothing is ever overwritten: choose another --out"
+        )
 
 
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other launchers from working on a run folder.
+def lock(folder: Path) -> FileLock:
+    """Keep others from working on a run folder, until the lock is released or this process has ended.
 
     Raises:
         RunFolderError: one does already, or the folder cannot be written.
     """
-    lock = FileLock(folder / ".lock")
+    mine = FileLock(folder / ".lock")
     try:
-        lock.acquire(blocking=False)
+        mine.acquire(blocking=False)
     except Timeout:
         raise RunFolderError(
             f"{folder}: another launcher works on it (and holds {folder / '.lock'}); wait for its end, or stop it"
         ) from None
     except OSError as error:
-        raise RunFolderError(f"{folder}: the run folder cannot be written: {error.strerror or error}") from None
+        raise _unwritable(folder, error) from None
+    return mine
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the `lock` of a run folder.
+
+    Raises:
+        RunFolderError: another launcher does, or the folder cannot be written.
+    """
+    mine = lock(folder)
     try:
         yield
     finally:
-        lock.release()
+        mine.release()
 
 
 def read_plan(folder: Path) -> Plan:
@@ -141,9 +221,14 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
     """Write whole or not at all: aside, then renamed."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_text(content, encoding="utf-8")
     aside.replace(path)
 
 
@@ -160,20 +245,21 @@ def surroundings() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "arguments": [argument_without_secrets(argument) for argument in sys.argv],
-        "versions": _versions(),
+        "versions": versions(),
         "git": _git_commit(code_root()),
         "environment": recorded_environment(),
     }
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a run computes."""
+    found = {}
     for package in RECORDED_PACKAGES:
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def _git_commit(folder: Path) -> dict[str, Any] | None:

@@ -21,11 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch.cache import Cache
-from launch.config import RunConfig
+from launch.checkpoints import newest_complete
 from launch.errors import (
     ConfigError,
-    DataError,
     ExportError,
     LaunchError,
     MemoryExhaustedError,
@@ -34,14 +32,26 @@ from launch.errors import (
 from launch.fitting import TRIALS, advice
 from launch.outside import refuse_another
 from launch.plan import Plan, decide, python_environment
-from launch.recipe import Prepared, Progress, RecipeContext
-from launch.record import create_run_folder, read_plan, summary, write_json
+from launch.prepare import prepare
+from launch.recipe import Prepared
+from launch.record import (
+    changed_settings,
+    continue_run_folder,
+    create_run_folder,
+    is_finished,
+    is_run_folder,
+    lock,
+    read_plan,
+    summary,
+    write_json,
+)
 from launch.registry import Recipe, recipe_of
 from launch.stop import STOPPED, StopRequest, StopSignal, exit_code, spoken, write_stopped
-from launch.topology import World, cache_folder, is_supervised, read_world, worker_environment
+from launch.topology import World, is_supervised, read_world, worker_environment
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from filelock import FileLock
 
     from launch.engine.progress import Display
     from launch.engine.run import Run
@@ -56,6 +66,8 @@ def main() -> None:
     try:
         world = read_world()  # once: Accelerate changes the environment later on
         start = begin(arguments, world)
+        if start is None:
+            return
         work(start, stop)
         if stop.honoured:
             _leave_stopped(world, stop)
@@ -119,10 +131,14 @@ class Start:
     """The run folder; None until rank 0 has made it, where no launcher did."""
     trials: bool = False
     """Whether this world only tries micro-batch sizes."""
+    lock: FileLock | None = None
+    """Of the run folder; on rank 0, where no launcher holds it."""
 
 
-def begin(arguments: argparse.Namespace, world: World) -> Start:
+def begin(arguments: argparse.Namespace, world: World) -> Start | None:
     """Read the plan of a run folder, or decide one from a run file and the processes we find ourselves among.
+
+    None where the run is finished already, as one is that a scheduler has started once more.
 
     Raises:
         LaunchError: the run cannot be, or this is not the world it was planned for.
@@ -135,10 +151,18 @@ def begin(arguments: argparse.Namespace, world: World) -> Start:
                 f"{decided.loaded.place('train.micro_batch_size')}: train.micro_batch_size = auto: no size is "
                 "known yet for this model, length and device; `shoal run` finds it first, or state a number"
             )
+        folder = Path(decided.plan.run_folder)
+        if is_finished(folder):
+            changed_settings(decided.plan)  # lest another run be taken for this one
+            _say_finished(folder, world)
+            return None
         return Start(decided.plan, decided.recipe, world, None)
     if arguments.overrides or arguments.out:
         raise ConfigError(f"{given}: a run folder is decided; overrides and --out go with a run file")
     plan = read_plan(given)
+    if is_finished(given) and not arguments.trials:
+        _say_finished(given, world)
+        return None
     if is_supervised():
         _redirect(given, world.rank, everything=world.rank > 0)
     if world.size != plan.processes.world_size:
@@ -148,6 +172,11 @@ def begin(arguments: argparse.Namespace, world: World) -> Start:
         )
     refuse_another(plan, given, world)
     return Start(plan, recipe_of(plan.config), world, given, arguments.trials)
+
+
+def _say_finished(folder: Path, world: World) -> None:
+    if world.rank == 0:
+        print(f"shoal: {folder}: this run is finished already", file=sys.stderr, flush=True)
 
 
 def _redirect(folder: Path, rank: int, *, everything: bool) -> None:
@@ -213,13 +242,15 @@ def work(start: Start, stop: StopRequest) -> None:
         assert prepared is not None, "no rank had a problem"
         folder = start.folder = start.folder or _make_folder(start, accelerator, display)
         with _memory_may_run_out(start):
-            run = Run(start.plan, folder, prepared, accelerator, display)
+            run = Run(start.plan, folder, prepared, accelerator, display, lambda: stop.number)
             if start.trials:
                 return _try_sizes(run)
             run.train()
         _leave(accelerator)
+        if run.stopped is not None:
+            stop.number, stop.honoured = run.stopped, True
         if accelerator.is_main_process:
-            finish(run)
+            _say_stopped(run) if stop.honoured else finish(run)
     finally:
         display.close()
 
@@ -273,54 +304,35 @@ def _leave(accelerator: Accelerator) -> None:
 
 def _prepare(start: Start, display: Display) -> tuple[Prepared | None, LaunchError | None]:
     """Prepare the data before any process group exists: no collective can time out while a rank tokenises."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    display.say(f"preparing {start.plan.config.recipe}")
-    progress = Progress(display.start, display.advance, display.finish)
-    context = RecipeContext(Cache(cache_folder()), start.plan.config.train.seed, progress)
     try:
-        prepared = start.recipe.prepare(context)
-        check_data(start.plan.config, prepared)
-        return prepared, None
+        return prepare(start.recipe, start.plan.config, display)[0], None
     except LaunchError as error:
         return None, error
 
 
-def check_data(config: RunConfig, prepared: Prepared) -> None:
-    """Look at the data as far as no sample need be read.
-
-    Raises:
-        ConfigError: it is no data, or the length of the run depends on that of a stream.
-        DataError: there is no sample.
-    """
-    from launch.engine.streams import is_stream
-
-    for name, data in (("training", prepared.train), ("validation", prepared.validation)):
-        if not is_stream(data):
-            if not len(data):
-                raise DataError(f"recipe = {config.recipe}: its {name} data holds no sample")
-        elif not hasattr(data, "__iter__") or hasattr(data, "__next__"):
-            raise ConfigError(
-                f"recipe = {config.recipe}: its {name} data is a {type(data).__name__}; it must have __len__ and "
-                "__getitem__, or an __iter__ that begins with the first sample each time it is called"
-            )
-    if is_stream(prepared.train) and config.train.epochs is not None:
-        raise ConfigError(
-            f"train.epochs = {config.train.epochs:g}: the training data of {config.recipe} is a stream, of which only "
-            "the end tells the length; state train.max_steps instead"
+def _say_stopped(run: Run) -> None:
+    """Write down where the run was stopped. Rank 0."""
+    assert run.stopped is not None and run.tracker is not None, "rank 0 of a run that was stopped"
+    checkpoint = newest_complete(run.folder)
+    write_stopped(run.folder, run.stopped, run.updates_done, checkpoint)
+    run.tracker.close()
+    if not is_supervised():
+        saved = f"; it goes on from {checkpoint.name} when it is started again" if checkpoint else ""
+        print(
+            f"shoal: stopped by {spoken(run.stopped)} after update {run.updates_done}{saved}",
+            file=sys.stderr,
+            flush=True,
         )
 
 
 def _make_folder(start: Start, accelerator: Accelerator, display: Display) -> Path:
-    """Where no launcher made the run folder, rank 0 makes it and tells the others."""
+    """Where no launcher opened the run folder, rank 0 does and tells the others."""
     from launch.engine.agree import from_main, raise_together
 
     problem, made = None, None
     if accelerator.is_main_process:
         try:
-            made = create_run_folder(start.plan)
+            made, start.lock = _open_folder(start.plan, display)
         except LaunchError as error:
             problem = error
     raise_together(accelerator, problem)
@@ -331,6 +343,18 @@ def _make_folder(start: Start, accelerator: Accelerator, display: Display) -> Pa
     found = "as the launcher says" if start.world.launched else "no launcher in the environment"
     display.say(f"world of {processes.world_size} on {processes.device} ({found}), strategy {processes.strategy}")
     return folder
+
+
+def _open_folder(plan: Plan, display: Display) -> tuple[Path, FileLock]:
+    """Make the run folder, or continue the run in it; nobody else may work on it while the lock lives."""
+    folder = Path(plan.run_folder)
+    if not is_run_folder(folder):
+        create_run_folder(plan)
+        return folder, lock(folder)
+    mine = lock(folder)
+    for line in continue_run_folder(plan):
+        display.say(f"changed since the last start: {line}")
+    return folder, mine
 
 
 def finish(run: Run) -> None:

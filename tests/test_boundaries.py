@@ -18,11 +18,13 @@ from launch.assets import code_root, recipes_folder
 from launch.plan import python_environment
 
 LAUNCH = code_root() / "launch"
-CONTROL = sorted(path for path in LAUNCH.glob("*.py") if path.name != "train.py")
+ENTRIES = [LAUNCH / "prepare.py", LAUNCH / "train.py"]
+CONTROL = sorted(path for path in LAUNCH.glob("*.py") if path not in ENTRIES)
 ENGINE = sorted((LAUNCH / "engine").rglob("*.py"))
 RECIPES = sorted(recipes_folder().rglob("*.py"))
-ALL = [*CONTROL, LAUNCH / "train.py", *ENGINE, *RECIPES]
+ALL = [*CONTROL, *ENTRIES, *ENGINE, *RECIPES]
 
+WORKERS = ("launch.engine", "launch.prepare", "launch.train")
 HEAVY = {"torch", "accelerate", "transformers", "datasets"}
 
 
@@ -74,8 +76,8 @@ def test_there_is_something_to_look_at() -> None:
     assert len(ENGINE) >= 12
     assert len(RECIPES) >= 3
     assert "launch.local" in imports(LAUNCH / "cli.py"), "`from launch import local` is seen"
-    assert "transformers" in top_level(imports(LAUNCH / "train.py")), "an import inside a function is seen"
-    assert "transformers" not in top_level(imports(LAUNCH / "train.py", inside_functions=False))
+    assert "transformers" in top_level(imports(LAUNCH / "prepare.py")), "an import inside a function is seen"
+    assert "transformers" not in top_level(imports(LAUNCH / "prepare.py", inside_functions=False))
     assert "torch" in top_level(imports(LAUNCH / "engine/loop.py", inside_functions=False))
 
 
@@ -83,11 +85,12 @@ def test_there_is_something_to_look_at() -> None:
 def test_the_control_plane_is_free_of_the_worker_plane(path: Path) -> None:
     modules = imports(path)
     assert top_level(modules) & HEAVY == set()
-    assert [module for module in modules if module.startswith(("launch.engine", "launch.train"))] == []
+    assert [module for module in modules if module.startswith(WORKERS)] == []
 
 
-def test_the_worker_entry_imports_the_worker_plane_inside_functions_only() -> None:
-    modules = imports(LAUNCH / "train.py", inside_functions=False)
+@pytest.mark.parametrize("path", ENTRIES, ids=named)
+def test_a_worker_entry_imports_the_worker_plane_inside_functions_only(path: Path) -> None:
+    modules = imports(path, inside_functions=False)
     assert top_level(modules) & HEAVY == set()
     assert [module for module in modules if module.startswith("launch.engine")] == []
 

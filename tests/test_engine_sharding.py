@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def trained(
     from launch.engine.run import Run
     from launch.engine.sharding import full_state, make_accelerator
     from recipes.causal_lm import collate, count, loss
-    from tests.test_engine_checkpoint import tokenizer
+    from tests.test_engine_export import tokenizer
 
     plan = plan_for(strategy, world_size, Path(folder), *overrides)
     calls: list[int] = []
@@ -409,7 +410,7 @@ def spoiled(strategy: str, source: str, folder: str, what: str) -> tuple[str, fl
     from launch.engine.run import Run
     from launch.engine.sharding import full_state, make_accelerator
     from recipes.causal_lm import collate, count, loss
-    from tests.test_engine_checkpoint import tokenizer
+    from tests.test_engine_export import tokenizer
 
     calls = 0
 
@@ -572,3 +573,90 @@ def test_a_planted_bug_is_noticed(
     except AssertionError:
         return
     assert loss > 1e-4 or norm > 1e-3, "far outside of what is allowed"
+
+
+# --- waiting for another ---------------------------------------------------------------------------------
+
+PATIENCE = 3.0
+"""Seconds of `parallel.timeout_seconds`."""
+
+
+def pauses_on_rank_1(seconds: float) -> float:
+    """When we came here; rank 1 leaves later, or not at all where that is too late for the others."""
+    began = time.monotonic()
+    if os.environ["RANK"] == "1":
+        time.sleep(seconds)
+        if seconds > PATIENCE:
+            raise TimeoutError("rank 1 is too late")
+    return began
+
+
+def waits_in_training(strategy: str, source: str, folder: str) -> tuple[int, float, str]:
+    """Train while rank 1 is slow in the first update and far too slow in the second; how that ended on this rank."""
+    from transformers import AutoModelForCausalLM
+
+    from launch.engine.progress import Display
+    from launch.engine.run import Run
+    from launch.engine.sharding import make_accelerator
+    from recipes.causal_lm import collate, count, loss
+    from tests.test_engine_checkpoint import tokenizer
+
+    pauses = iter([PATIENCE / 2, 2.5 * PATIENCE])
+    began = 0.0
+
+    def slow_loss(model: Any, batch: Any) -> Any:
+        nonlocal began
+        began = pauses_on_rank_1(next(pauses))
+        return loss(model, batch)
+
+    overrides = (f"parallel.timeout_seconds={PATIENCE}", "train.micro_batch_size=4", "eval.at_start=false")
+    plan = plan_for(strategy, 2, Path(folder), *overrides)
+    rows = tiny.sequences(SAMPLES)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    prepared = Prepared(lambda: model, tokenizer(), rows, rows, collate, slow_loss, count)
+    run = Run(plan, Path(folder), prepared, make_accelerator(plan), Display(False))
+    try:
+        run.train()
+    except Exception as error:
+        return run.updates_done, time.monotonic() - began, str(error)
+    return run.updates_done, time.monotonic() - began, ""
+
+
+def waits_in_the_world(strategy: str, folder: str) -> tuple[float, str]:
+    """The same for the group that all ranks are in from the start."""
+    import torch
+
+    from launch.engine.sharding import make_accelerator
+
+    make_accelerator(plan_for(strategy, 2, Path(folder), f"parallel.timeout_seconds={PATIENCE}"))
+    began = 0.0
+    try:
+        for pause in (PATIENCE / 2, 2.5 * PATIENCE):
+            began = pauses_on_rank_1(pause)
+            torch.distributed.all_reduce(torch.zeros(1))
+    except Exception as error:
+        return time.monotonic() - began, str(error)
+    return time.monotonic() - began, ""
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero3"])
+def test_a_rank_waits_for_another_as_long_as_is_said_and_then_gives_up(
+    strategy: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """DeepSpeed exchanges gradients in a group of its own, and torch gives that one 30 minutes."""
+    (updates, seconds, error), _ = run_ranks(
+        2, waits_in_training, strategy, str(sources["gpt2"]), str(tmp_path), timeout_seconds=60
+    )
+    assert error
+    assert updates == 1, "half the time is not too long"
+    assert PATIENCE <= seconds < 2 * PATIENCE, error
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+def test_so_does_the_world_that_accelerate_and_deepspeed_make(strategy: str, tmp_path: Path) -> None:
+    (seconds, error), _ = run_ranks(2, waits_in_the_world, strategy, str(tmp_path), timeout_seconds=60)
+    assert error
+    assert PATIENCE <= seconds < 2 * PATIENCE, error

@@ -24,8 +24,8 @@ from launch.engine.sharding import updates
 from launch.engine.streams import Reader, is_stream
 from launch.engine.trials import LOOKED_AT, longest_samples
 from launch.errors import DataError, LaunchError
+from launch.prepare import check_data
 from launch.recipe import Prepared
-from launch.train import check_data
 from recipes.causal_lm import collate, count, loss
 from tests import tiny
 from tests.commands import shoal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,24 @@ from launch.engine.batching import Window
 from launch.errors import LaunchError, NonFiniteError
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What ranks want besides the next update: of one rank 0 or 1, of all together how many do.
+
+    They travel with the counts of each update, so that to agree on them costs nothing.
+    """
+
+    stop: int = 0
+    """A signal has come."""
+    save: int = 0
+    """It is time for a checkpoint."""
+    written: int = 0
+    """This rank's part of an asynchronous save is on the disk, or has failed."""
+
+
+NONE = Requests()
 
 
 def raise_if_loss_is_not_finite(accelerator: Accelerator, window: Window, local: torch.Tensor, total: float) -> None:
@@ -75,3 +94,11 @@ def from_main(accelerator: Accelerator, value: Value | None) -> Value:
         broadcast_object_list(holder)
     assert holder[0] is not None, "rank 0 gives a value"
     return holder[0]
+
+
+def any_rank(accelerator: Accelerator, local: bool) -> bool:
+    """Whether it is true of any rank. Every rank must call this."""
+    if accelerator.num_processes == 1:
+        return local
+    flag = torch.tensor([int(local)], device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum").item())

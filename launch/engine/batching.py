@@ -46,6 +46,17 @@ class Window:
     micro_batches: tuple[MicroBatch, ...]
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far a run is."""
+
+    update: int = 0
+    epoch: int = 0
+    """Of the last update."""
+    consumed: int = 0
+    """Samples of this epoch that all ranks together have consumed."""
+
+
 Work = Iterator[tuple[Window, list[dict[str, torch.Tensor]]]]
 """Window after window, each with this rank's micro-batches, collated, on the CPU."""
 
@@ -128,6 +139,7 @@ def load(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # else each new loader draws from the generator that dropout draws from
     )
     batches = iter(loader)
     return ((window, [next(batches) for _ in window.micro_batches]) for window in windows())

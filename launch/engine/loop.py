@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from launch.engine.agree import raise_if_loss_is_not_finite, raise_if_norm_is_not_finite
+from launch.engine.agree import NONE, Requests, raise_if_loss_is_not_finite, raise_if_norm_is_not_finite
 from launch.engine.batching import MicroBatch, Window
 from launch.engine.loss import Counts, count_batch, count_over_ranks, precise_dtype, weigh
 from launch.engine.sharding import Updates
@@ -29,6 +29,8 @@ class StepResult:
     counts: Counts
     overflows: int = 0
     """How often the update was repeated because a gradient overflowed in fp16."""
+    requests: Requests = NONE
+    """How many ranks wanted what when the update began."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Step:
     updates: Updates
     loss: Callable[[torch.nn.Module, Batch], torch.Tensor]
     count: Callable[[Batch], int]
+    requests: Callable[[], Requests] = Requests
+    """What this rank wants at the moment."""
 
     def __call__(self, window: Window, batches: list[dict[str, torch.Tensor]]) -> StepResult:
         """Make one update from this rank's micro-batches. Every rank must call this.
@@ -52,7 +56,7 @@ class Step:
         """
         pairs = list(zip(window.micro_batches, batches, strict=True))
         local_counts = sum((count_batch(*pair, self.count) for pair in pairs), Counts())
-        counts = count_over_ranks(self.accelerator, local_counts)
+        counts, wanted = count_over_ranks(self.accelerator, local_counts, *astuple(self.requests()))
         overflows = 0
         while True:
             total = self._forward_and_backward(window, pairs, counts)
@@ -61,7 +65,7 @@ class Step:
                 break
             overflows += 1
         raise_if_norm_is_not_finite(window, norm)
-        return StepResult(total / max(counts.targets, 1), norm, counts, overflows)
+        return StepResult(total / max(counts.targets, 1), norm, counts, overflows, Requests(*wanted))
 
     def _forward_and_backward(
         self, window: Window, pairs: list[tuple[MicroBatch, dict[str, torch.Tensor]]], counts: Counts

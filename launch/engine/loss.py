@@ -38,10 +38,11 @@ def count_batch(micro_batch: MicroBatch, batch: Batch, count: Callable[[Batch], 
     return Counts(len(micro_batch.samples), count(batch), count_tokens(batch))
 
 
-def count_over_ranks(accelerator: Accelerator, local: Counts) -> Counts:
-    """The sum over all ranks. Every rank must call this."""
-    numbers = torch.tensor([local.samples, local.targets, local.tokens], device=accelerator.device)
-    return Counts(*accelerator.reduce(numbers, "sum").tolist())
+def count_over_ranks(accelerator: Accelerator, local: Counts, *others: int) -> tuple[Counts, list[int]]:
+    """The sums over all ranks of the counts, and of any `others`, in one exchange. Every rank must call this."""
+    numbers = torch.tensor([local.samples, local.targets, local.tokens, *others], device=accelerator.device)
+    samples, targets, tokens, *rest = accelerator.reduce(numbers, "sum").tolist()
+    return Counts(samples, targets, tokens), rest
 
 
 def count_tokens(batch: Batch) -> int:

@@ -20,6 +20,11 @@ class Throughput:
         """Count the tokens of one update."""
         self.tokens += tokens
 
+    def resume(self, tokens: int) -> None:
+        """Go on from a count."""
+        self.tokens = self._tokens_then = tokens
+        self._since = time.perf_counter()
+
     def read(self) -> float:
         """Tokens per second since the last reading."""
         now = time.perf_counter()

@@ -35,6 +35,14 @@ class LossScale:
         self._patience = patience
         self._since_overflow = 0
 
+    def state(self) -> dict[str, float]:
+        """What a resumed run needs."""
+        return {"value": self.value, "since_overflow": self._since_overflow}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from there."""
+        self.value, self._since_overflow = state["value"], int(state["since_overflow"])
+
     def after_overflow(self) -> bool:
         """Halve; False where there is nothing left to halve."""
         if self.value <= 1.0:

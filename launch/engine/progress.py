@@ -43,12 +43,12 @@ class Display:
         """Print a line; a running bar stays below it."""
         self._console.print(text, markup=False)
 
-    def start(self, description: str, total: int | None) -> None:
+    def start(self, description: str, total: int | None, done: int = 0) -> None:
         """Begin a bar inside the one that is running, if any."""
         if not self._bars:
             self._progress.start()
-        task = self._progress.add_task(description, total=total, facts="")
-        self._bars.append(_Bar(task, description, total))
+        task = self._progress.add_task(description, total=total, completed=done, facts="")
+        self._bars.append(_Bar(task, description, total, done))
 
     def advance(self, amount: int = 1, facts: str = "") -> None:
         """Move the innermost bar."""
@@ -77,9 +77,9 @@ class Display:
 
 
 class _Bar:
-    def __init__(self, task: TaskID, description: str, total: int | None) -> None:
+    def __init__(self, task: TaskID, description: str, total: int | None, done: int) -> None:
         self.task, self.description, self.total = task, description, total
-        self.done = 0
+        self.done = self._began_at = done
         self.facts = ""
         self.started = time.monotonic()
         self.spoke = self.started
@@ -87,7 +87,7 @@ class _Bar:
     def line(self) -> str:
         of_total = f"/{self.total:,}" if self.total else ""
         parts = [f"{self.description} {self.done:,}{of_total}", self.facts]
-        if self.total and 0 < self.done < self.total:
-            seconds = (time.monotonic() - self.started) / self.done * (self.total - self.done)
+        if self.total and self._began_at < self.done < self.total:
+            seconds = (time.monotonic() - self.started) / (self.done - self._began_at) * (self.total - self.done)
             parts.append(f"eta {int(seconds // 60)}:{int(seconds % 60):02d}")
         return "  ".join(part for part in parts if part)

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 
-from launch.engine.agree import from_main
-from launch.engine.batching import Order, Window, Work, load
+from launch.engine.agree import Requests, any_rank, from_main
+from launch.engine.batching import Order, Position, Window, Work, load
 from launch.engine.blocks import checkpoint_activations, compile_blocks
-from launch.engine.checkpoint import checkpoint_folder, prune, write_model, write_probe
+from launch.engine.checkpoint import model_files
+from launch.engine.export import write_model, write_probe
+from launch.engine.keeping import Keeper
 from launch.engine.loop import Step, StepResult, fit
+from launch.engine.loss import Counts
 from launch.engine.meters import Throughput
 from launch.engine.optim import make_optimizer
 from launch.engine.precision import Autocast, LossScale, check, forward_dtypes
 from launch.engine.progress import Display
 from launch.engine.scoring import Evaluation, Score
 from launch.engine.sharding import seen_dtypes, tied_names, unwrapped, updates
-from launch.engine.stopping import EarlyStopping
+from launch.engine.stopping import EarlyStopping, Judgement
 from launch.engine.streams import Reader, is_stream
 from launch.engine.tracking import Tracker
 from launch.plan import Plan
@@ -35,8 +37,15 @@ class Run:
     """Built, trained and asked for its scores. Every rank must build one and call each method."""
 
     def __init__(
-        self, plan: Plan, folder: Path, prepared: Prepared, accelerator: Accelerator, display: Display
+        self,
+        plan: Plan,
+        folder: Path,
+        prepared: Prepared,
+        accelerator: Accelerator,
+        display: Display,
+        signal: Callable[[], int | None] = lambda: None,
     ) -> None:
+        """`signal` tells the number of the signal that wants this rank to stop, if one has come."""
         config = plan.config
         self.plan, self.folder, self.prepared = plan, folder, prepared
         self.accelerator, self.display = accelerator, display
@@ -47,18 +56,25 @@ class Run:
         """The update with the lowest validation loss, and its metrics."""
         self.dtypes: Dtypes | None = None
         """The number formats in use, once an update has shown them."""
-        self.updates_done = 0
+        self.position = Position()
+        """How far the run is."""
+        self.stopped: int | None = None
+        """The number of the signal that has ended training early; the run can go on from its newest checkpoint."""
+        self._signal = signal
+        self._trained = False
+        self._evaluated = True
         set_seed(config.train.seed)  # the same weights from scratch on every rank
         model = prepared.build_model()
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         """Of the whole model, each tied weight once."""
+        self._model_files = model_files(model, prepared.tokenizer) if accelerator.is_main_process else {}
         if config.train.activation_checkpointing:
             checkpoint_activations(model)
         if config.train.compile:
             compile_blocks(model)
         if not plan.processes.strategy.shards:
             model = model.to(accelerator.device)
-        set_seed((config.train.seed + 1 + accelerator.process_index) % 2**32)  # dropout differs between ranks
+        self._seed_by_rank()
         optimizer = make_optimizer(model, config.train, fused=accelerator.device.type == "cuda")
         tied = tied_names(model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -83,15 +99,24 @@ class Run:
             updates(accelerator, self.model, self.optimizer, config.train.max_grad_norm, scale),
             self.loss,
             prepared.count,
+            self._requests,
         )
         self._stopping = EarlyStopping(config.train.early_stopping_patience, config.train.early_stopping_min_delta)
         self._meter = Throughput()
         self._speed = 0.0
         self.tracker: Tracker | None = None
-        """On rank 0 only."""
-        if accelerator.is_main_process:
-            settings = config.model_dump(mode="json")
-            self.tracker = Tracker(folder, config.track.wandb, config.track.project, settings)
+        """On rank 0 only, once training has begun."""
+        self.keeper: Keeper | None = None
+        """Once training has begun."""
+
+    @property
+    def updates_done(self) -> int:
+        """Over all attempts."""
+        return self.position.update
+
+    def _seed_by_rank(self, update: int = 0) -> None:
+        """Dropout differs between ranks."""
+        set_seed((self.plan.config.train.seed + 1 + self.accelerator.process_index + 1_000_003 * update) % 2**32)
 
     def _autocast(self) -> Autocast:
         """DeepSpeed computes in its low-precision image of the weights instead."""
@@ -99,57 +124,167 @@ class Run:
         return Autocast(self.accelerator.device.type, getattr(torch, name))
 
     def train(self) -> None:
-        """Evaluate, train, evaluate, export; numbers go to metrics.jsonl."""
+        """Evaluate, train, evaluate, export, from where an earlier attempt was; numbers go to metrics.jsonl."""
         config, prepared, total = self.plan.config, self.prepared, self.schedule.total
         self.display.say(
             f"{self.parameters:,} parameters, {_amount(prepared.train)} training and {_amount(prepared.validation)} "
             f"validation samples, {total:,} updates"
         )
-        if config.eval.at_start:
-            self.scores["before"], _ = self._evaluate(0)
+        work = self._begin()
+        self._train(work)
+        assert self.keeper is not None
+        self.keeper.finish()
+        if self.stopped is None and "after" not in self.scores:
+            score, _ = self._evaluate(self.updates_done)
+            if score is None:
+                self._stop()
+                self.keeper.save(self.position, self._state)
+            else:
+                self.scores["after"] = score
+        if self.stopped is None and config.save.export:
+            write_model(self.accelerator, self.model, prepared.tokenizer, self.folder / "export")
+            write_probe(self.accelerator, self.model, prepared, self.folder / "probe.safetensors")
+
+    # --- beginning and resuming ------------------------------------------------------------------------------
+
+    def _begin(self) -> Work:
+        """Find out where to go on, and put everything there; the work that is left."""
+        config, accelerator = self.plan.config, self.accelerator
+        self.keeper = Keeper(
+            accelerator,
+            self.folder,
+            config.save,
+            self._model_files,
+            self.model,
+            self.optimizer,
+            self.display.say,
+            self._signal,
+        )
+        found = self.keeper.find(config, self.prepared)
+        state = found.state if found else {}
+        if accelerator.is_main_process:
+            settings = config.model_dump(mode="json")
+            track = config.track
+            self.tracker = Tracker(self.folder, track.wandb, track.project, settings, state.get("tracker", {}))
+            self.keeper.tracker = self.tracker
+        if found is None:
+            self.keeper.refuse_without_space(self.parameters, self.optimizer, self.schedule.total)
+            return self._work()
+        self._restore(state)
+        restore_random_states = self.keeper.restore(found)
         work = self._work()
-        self.display.start("training", total)
+        if not restore_random_states():  # last: what was built until now has drawn numbers of its own
+            self._seed_by_rank(self.updates_done)
+        self.display.say(
+            f"resumed from {found.folder.name}: {self.schedule.total - self.updates_done:,} updates are left"
+        )
+        if self.tracker:
+            self.tracker.write("resume", self.updates_done, checkpoint=found.folder.name)
+        return work
+
+    def _state(self) -> dict[str, Any]:
+        """What all ranks have in common, besides what `Keeper` knows itself."""
+        return {
+            "config": self.plan.config.model_dump(mode="json"),
+            "position": asdict(self.position),
+            "trained": self._trained,
+            "evaluated": self._evaluated,
+            "scores": {when: [score.loss, *astuple(score.counts)] for when, score in self.scores.items()},
+            "best": self.best,
+            "early_stopping": self._stopping.state(),
+            "loss_scale": self.step.updates.scale_state(),
+            "tokens": self._meter.tokens,
+            "dtypes": asdict(self.dtypes) if self.dtypes else None,
+            "learning_rate": self.schedule.learning_rate(self.updates_done) if self.updates_done else None,
+            "tracker": self.tracker.state() if self.tracker else {},
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.position = Position(**state["position"])
+        self._trained, self._evaluated = state["trained"], state["evaluated"]
+        self.scores = {when: Score(loss, Counts(*counts)) for when, (loss, *counts) in state["scores"].items()}
+        self.best = state["best"]
+        self._stopping.restore(state["early_stopping"])
+        self.step.updates.restore_scale(state["loss_scale"])
+        self._meter.resume(state["tokens"])
+        if self._trained and state["dtypes"]:  # no update will show them again
+            self.dtypes = Dtypes(**state["dtypes"])
+
+    # --- training --------------------------------------------------------------------------------------------
+
+    def _train(self, work: Work) -> None:
+        config, total = self.plan.config, self.schedule.total
+        if self.updates_done == 0 and config.eval.at_start:
+            score, _ = self._evaluate(0)
+            if score is None:
+                return self._stop()
+            self.scores["before"] = score
+        if not self._evaluated:  # a signal came while it was
+            judgement = self._evaluate_and_judge(self.updates_done)
+            if judgement is None:
+                return self._stop()
+            self._evaluated, self._trained = True, self._trained or judgement.stop
+        if self._trained:
+            return None
+        self.display.start("training", total, self.updates_done)
         self._meter.read()
         with forward_dtypes(unwrapped(self.model)) as self._forward_dtypes:
             fit(self.step, work, self.schedule.learning_rate, self._after_update)
         self.display.finish()
-        if "after" not in self.scores:
-            self.scores["after"], _ = self._evaluate(self.updates_done)
-        if config.save.export:
-            write_model(self.accelerator, self.model, prepared.tokenizer, self.folder / "export")
-            write_probe(self.accelerator, self.model, prepared, self.folder / "probe.safetensors")
+        return None
 
     def _work(self) -> Work:
-        """The windows of the run with this rank's batches."""
+        """The windows of the run that are left, with this rank's batches."""
         train, collate, batch, total = self.prepared.train, self.prepared.collate, self.plan.batch, self.schedule.total
         seed, workers = self.plan.config.train.seed, self.plan.config.parallel.data_workers
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         window, micro = batch.global_batch_size, batch.micro_batch_size
         pin_memory = self.accelerator.device.type == "cuda"
+        done = self.position
         if is_stream(train):
             reader = Reader("training", train, window, micro, rank, world_size, collate, workers, pin_memory)
-            return reader.windows(total)
+            return reader.windows(total, done.update, done.epoch, done.consumed)
         order = Order(len(train), window, micro, seed, rank, world_size)
-        return load(train, lambda: order.windows(1, total), collate, workers, pin_memory)
+        return load(train, lambda: order.windows(done.update + 1, total), collate, workers, pin_memory)
+
+    def _requests(self) -> Requests:
+        """What this rank wants, to be added up over all ranks with the counts of the next update."""
+        save, written = self.keeper.wishes() if self.keeper else (False, False)
+        return Requests(int(self._signal() is not None), int(save), int(written))
 
     def _after_update(self, window: Window, result: StepResult) -> bool:
         """Record, evaluate and save as configured; True to stop, on every rank alike."""
-        config, update = self.plan.config, window.update
-        self.updates_done = update
+        config, update, total = self.plan.config, window.update, self.schedule.total
+        assert self.keeper is not None
+        self.position = Position(update, window.epoch, window.consumed)
         if self.dtypes is None:
             self._check_dtypes()
         self._meter.add(result.counts.tokens)
-        if update % config.track.every_steps == 0 or update == self.schedule.total:
+        if update % config.track.every_steps == 0 or update == total:
             self._record(window, result)
         rate = self.schedule.learning_rate(update)
         self.display.advance(1, f"loss {result.loss:.4f}  lr {rate:.2e}  {self._speed:,.0f} tokens/s")
-        stop = False
+        stop, best = bool(result.requests.stop), False
         with self._meter.paused():
+            self._trained = update == total
             if config.eval.every_steps and update % config.eval.every_steps == 0:
-                stop = self._evaluate_and_judge(update)
-            if config.save.every_steps and update % config.save.every_steps == 0:
-                self._save(update)
-        return stop
+                judgement = self._evaluate_and_judge(update)
+                self._evaluated = judgement is not None
+                if judgement is not None:
+                    best, self._trained = judgement.best, self._trained or judgement.stop
+                stop = judgement is None or stop or self._any_signal()
+            stop = self.keeper.after_update(self.position, self._state, result.requests, best=best, stop=stop) or stop
+            if stop:
+                self._stop()
+        return stop or self._trained
+
+    def _any_signal(self) -> bool:
+        return any_rank(self.accelerator, self._signal() is not None)
+
+    def _stop(self) -> None:
+        """Find out which signal it was, wherever it came. Every rank must call this."""
+        numbers = [number for number in gather_object([self._signal()]) if number]
+        self.stopped = numbers[0] if numbers else 0
 
     def _check_dtypes(self) -> None:
         """See, after the first update, that the number formats are the planned ones."""
@@ -176,28 +311,36 @@ class Run:
                 **({"overflows": result.overflows} if result.overflows else {}),
             )
 
-    def _evaluate_and_judge(self, update: int) -> bool:
-        """Evaluate; True when early stopping has seen enough."""
-        score, stop = self._evaluate(update)
-        if stop or update == self.schedule.total:
+    # --- evaluating ------------------------------------------------------------------------------------------
+
+    def _evaluate_and_judge(self, update: int) -> Judgement | None:
+        """Evaluate while training; None where a signal broke it off."""
+        score, judgement = self._evaluate(update)
+        if score is None:
+            return None
+        if judgement.stop or update == self.schedule.total:
             self.scores["after"] = score
-        if stop and update < self.schedule.total:
+        if judgement.stop and update < self.schedule.total:
             patience = self.plan.config.train.early_stopping_patience
             self.display.say(
                 f"stopped early at update {update}: {patience} evaluations in a row without a better validation loss "
                 f"than {self._stopping.best:.4f}"
             )
-        return stop
+        return judgement
 
-    def _evaluate(self, update: int) -> tuple[Score, bool]:
-        """The score, and whether early stopping has seen enough; rank 0 judges, lest a last bit split the ranks."""
+    def _evaluate(self, update: int) -> tuple[Score | None, Judgement]:
+        """The score, and what it means; rank 0 judges, lest a last bit split the ranks."""
         self.display.start("evaluating", self.evaluation.size)
-        score = self.evaluation(self.model, self.display.advance)
+        score = self.evaluation(self.model, self.display.advance, lambda: self._signal() is not None)
         self.display.finish()
+        if score is None:
+            return None, Judgement(best=False, stop=False)
         metrics = self.metrics(score)
         judgement = from_main(self.accelerator, self._stopping.judge(score.loss))
         if judgement.best:
             self.best = {"update": update, **metrics}
+        if self.keeper:
+            self.keeper.heard(update, score.loss)
         if self.tracker:
             self.tracker.write(
                 "eval",
@@ -209,20 +352,11 @@ class Run:
             )
         shown = "  ".join(f"{name} {value:,.4f}" for name, value in metrics.items())
         self.display.say(f"update {update:>5}: validation {shown}")
-        return score, judgement.stop
+        return score, judgement
 
     def metrics(self, score: Score) -> dict[str, float]:
         """The validation loss, and what the recipe makes of it."""
         return {"loss": score.loss, **self.prepared.loss_metrics(score.loss)}
-
-    def _save(self, update: int) -> None:
-        began = time.perf_counter()
-        folder = checkpoint_folder(self.folder, update)
-        write_model(self.accelerator, self.model, self.prepared.tokenizer, folder)
-        if self.tracker:
-            prune(self.folder, self.plan.config.save.keep_last)
-            seconds = round(time.perf_counter() - began, 3)
-            self.tracker.write("save", update, folder=str(folder.relative_to(self.folder)), seconds=seconds)
 
     def result(self) -> dict[str, Any]:
         """What came out, as plain data."""
@@ -231,6 +365,7 @@ class Run:
             "validation": {when: self.metrics(score) for when, score in self.scores.items()},
             "best": self.best,
             "dtypes": asdict(self.dtypes) if self.dtypes else None,
+            "failed_saves": self.keeper.failed if self.keeper else [],
             "run_folder": str(self.folder),
         }
 

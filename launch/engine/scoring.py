@@ -9,10 +9,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
+from launch.engine.agree import any_rank
 from launch.engine.batching import Collate, Order, Work, load
 from launch.engine.loss import Counts, count_batch, count_over_ranks, precise_dtype
 from launch.engine.streams import Reader, is_stream
 from launch.recipe import Batch, Samples, Stream
+
+ASK_EVERY = 8
+"""Batches between two questions whether to break off: the answer is an exchange between ranks."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,16 @@ class Evaluation:
             return None
         return min(len(self.samples), self.max_samples or len(self.samples))
 
-    def __call__(self, model: torch.nn.Module, advance: Callable[[int], None] = lambda samples: None) -> Score:
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        advance: Callable[[int], None] = lambda samples: None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Score | None:
         """Mean loss over all targets, in float64 sums. Every rank must call this; leaves the model's mode alone.
 
-        `advance` hears, after each batch, how many samples all ranks together have finished since the last.
+        `advance` hears, after each batch, how many samples all ranks together have finished since the last. Where
+        `interrupted`, asked every few batches, is true of any rank, there is no score.
         """
         accelerator = self.accelerator
         precise = precise_dtype(accelerator.device)
@@ -56,7 +66,7 @@ class Evaluation:
         model.eval()
         finished = 0
         with torch.no_grad():
-            for window, (batch,) in self._work():
+            for number, (window, (batch,)) in enumerate(self._work(), 1):
                 (cell,) = window.micro_batches
                 summed = self.loss(model, send_to_device(batch, accelerator.device, non_blocking=True))
                 if not cell.filler:
@@ -64,9 +74,12 @@ class Evaluation:
                 counted += count_batch(cell, batch, self.count)
                 advance(window.consumed - finished)
                 finished = window.consumed
+                if number % ASK_EVERY == 0 and any_rank(accelerator, interrupted()):
+                    model.train(was_training)
+                    return None
         model.train(was_training)
         total = accelerator.reduce(total, "sum")
-        counts = count_over_ranks(accelerator, counted)
+        counts, _ = count_over_ranks(accelerator, counted)
         return Score(float(total) / max(counts.targets, 1), counts)
 
     def _work(self) -> Work:

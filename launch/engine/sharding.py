@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     patch_environment,
 )
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import unset_hf_deepspeed_config
@@ -39,13 +41,11 @@ def make_accelerator(plan: Plan) -> Accelerator:
     processes, train = plan.processes, plan.config.train
     strategy, on_cpu = processes.strategy, processes.device == "cpu"
     _check_precision(processes.device, train.precision)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"kwargs_handlers": [_process_group(plan)]}
     environment: dict[str, str] = {}
     if strategy.kind == "zero":
         options["deepspeed_plugin"] = _deepspeed_plugin(plan)
         if on_cpu:
-            # Without a backend Accelerate 1.15 takes each rank for a world of one (PartialState._prepare_backend).
-            options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
             environment = {"accelerate_use_cpu": "false", "ds_accelerator": "cpu"}
     elif strategy.kind == "fsdp2":
         options["fsdp_plugin"] = _fsdp_plugin(strategy, on_cpu, getattr(torch, plan.dtypes.forward))
@@ -69,6 +69,19 @@ def make_accelerator(plan: Plan) -> Accelerator:
         # and have no shape: every one would look like a bias to `optim.parameter_groups`, and none would decay.
         unset_hf_deepspeed_config()
     return accelerator
+
+
+def _process_group(plan: Plan) -> InitProcessGroupKwargs:
+    """With what the process group is made: above all, how long a rank waits for the others."""
+    timeout = timedelta(seconds=plan.config.parallel.timeout_seconds)
+    # Groups made later, such as DeepSpeed's clone of the world, take torch's own defaults (10 minutes for NCCL, else
+    # 30) and not the world's. So does the world itself for 600 s: Accelerate 1.15 takes that for "not set".
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, default, timeout)
+    if plan.processes.strategy.kind == "zero" and plan.processes.device == "cpu":
+        # Without a backend Accelerate 1.15 takes each rank for a world of one (PartialState._prepare_backend).
+        return InitProcessGroupKwargs(backend="gloo", timeout=timeout)
+    return InitProcessGroupKwargs(timeout=timeout)
 
 
 def _check_precision(device: str, precision: str) -> None:
@@ -199,6 +212,15 @@ class Updates:
         """
         return self._scale is not None and self._scale.after_overflow()
 
+    def scale_state(self) -> dict[str, float]:
+        """What a resumed run needs of the fp16 loss scale; empty where there is none."""
+        return self._scale.state() if self._scale else {}
+
+    def restore_scale(self, state: dict[str, float]) -> None:
+        """Go on from there."""
+        if self._scale and state:
+            self._scale.restore(state)
+
     def reduction_dtype(self) -> str:
         """In what gradients are added up over ranks."""
         if isinstance(self._model, FSDPModule):
@@ -234,6 +256,25 @@ class DeepSpeedUpdates(Updates):
     def may_repeat(self) -> bool:
         """As above: DeepSpeed has halved its own scale; at 1 it would raise an exception of its own."""
         return bool(self._engine.fp16_enabled()) and float(self._engine.optimizer.loss_scaler.loss_scale) > 1.0
+
+    def scale_state(self) -> dict[str, float]:
+        """As above, in the terms of `precision.LossScale`: another strategy may go on from it."""
+        if not self._engine.fp16_enabled():
+            return {}
+        scaler = self._engine.optimizer.loss_scaler
+        return {
+            "value": scaler.cur_scale,
+            "since_overflow": scaler.cur_iter - scaler.last_overflow_iter - 1,
+            "hysteresis": scaler.cur_hysteresis,
+        }
+
+    def restore_scale(self, state: dict[str, float]) -> None:
+        """As above."""
+        if self._engine.fp16_enabled() and state:
+            scaler = self._engine.optimizer.loss_scaler
+            scaler.cur_scale = state["value"]
+            scaler.cur_iter = scaler.last_overflow_iter + 1 + int(state["since_overflow"])
+            scaler.cur_hysteresis = int(state.get("hysteresis", scaler.cur_hysteresis))
 
     def reduction_dtype(self) -> str:
         """As above."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,21 @@ class EarlyStopping:
         self._patience = patience
         self._min_delta = min_delta
         self._without_better = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs; JSON has no infinity, so None stands for it."""
+        losses = {"best": self.best, "to_beat": self._to_beat}
+        return {
+            **{name: loss if math.isfinite(loss) else None for name, loss in losses.items()},
+            "without_better": self._without_better,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        best, to_beat = state["best"], state["to_beat"]
+        self.best = math.inf if best is None else best
+        self._to_beat = math.inf if to_beat is None else to_beat
+        self._without_better = state["without_better"]
 
     def judge(self, loss: float) -> Judgement:
         """Take note of a loss; a better one is lower by more than `min_delta` than the last better one."""

@@ -62,35 +62,39 @@ class Reader:
     workers: int = 0
     pin_memory: bool = False
 
-    def windows(self, updates: int) -> Work:
-        """The first `updates` windows, epoch after epoch."""
-        done = epoch = 0
+    def windows(self, updates: int, done: int = 0, epoch: int = 0, consumed: int = 0) -> Work:
+        """The first `updates` windows, epoch after epoch; or those that follow on `done` of them.
+
+        The last of these was in `epoch` and ended at its sample `consumed`.
+        """
         while done < updates:
-            for window, batches in self.epoch(epoch, done, (updates - done) * self.window_size):
+            for window, batches in self.epoch(epoch, done, consumed + (updates - done) * self.window_size, consumed):
                 yield window, batches
                 done = window.update
-            epoch += 1
+            epoch, consumed = epoch + 1, 0
 
-    def epoch(self, epoch: int = 0, updates_done: int = 0, most: int | None = None) -> Work:
-        """The windows of one epoch, or of its first `most` samples, after `updates_done` in epochs before it.
+    def epoch(self, epoch: int = 0, updates_done: int = 0, most: int | None = None, skip: int = 0) -> Work:
+        """The windows of one epoch, or of its first `most` samples, after `updates_done` windows.
 
-        Workers are started anew for each epoch, after `set_epoch`: none of them can be told of another epoch.
+        The first `skip` samples are read and dropped: a stream knows no other way to its middle. Workers are started
+        anew for each epoch, after `set_epoch`: none of them can be told of another epoch.
 
         Raises:
             DataError: there is no sample.
         """
         _set_epoch(self.stream, epoch)
         loader: DataLoader[Any] = DataLoader(
-            _Epoch(self, epoch, updates_done, most),
+            _Epoch(self, epoch, updates_done, most, skip),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self.workers,
             pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # see `batching.load`
         )
         cells, window = _unless_failed(loader), None
         for window, batch in cells:
             yield window, [batch, *(next(cells)[1] for _ in window.micro_batches[1:])]
-        if window is None:
+        if window is None and not skip:
             raise DataError(
                 f"the {self.name} stream gives no sample in epoch {epoch + 1}; it must hold at least one, and begin "
                 "with the first each time it is read"
@@ -100,8 +104,9 @@ class Reader:
 class _Epoch(IterableDataset[Any]):
     """Runs where batches are made: in each worker, or in the rank itself."""
 
-    def __init__(self, reader: Reader, epoch: int, updates_done: int, most: int | None) -> None:
+    def __init__(self, reader: Reader, epoch: int, updates_done: int, most: int | None, skip: int) -> None:
         self._reader, self._epoch, self._updates_done, self._most = reader, epoch, updates_done, most
+        self._skip = skip
 
     def __iter__(self) -> Iterator[Cell | LaunchError]:
         """Every so many-th of this rank's cells, for DataLoader asks the workers in turn.
@@ -118,8 +123,8 @@ class _Epoch(IterableDataset[Any]):
 
     def _windows(self) -> Iterator[tuple[Window, list[list[Any]]]]:
         """Each window with the samples of this rank's cells."""
-        samples = islice(self._reader.stream, self._most)
-        update, consumed = self._updates_done, 0
+        samples = islice(self._reader.stream, self._skip, self._most)
+        update, consumed = self._updates_done, self._skip
         while rows := list(self._rows(samples, consumed)):
             cells, shares, ends = zip(*rows, strict=True)
             update, consumed = update + 1, ends[-1]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from launch.errors import ConfigError
@@ -14,13 +17,36 @@ class Tracker:
     """Writes records, one JSON object a line, flushed at once: a killed run keeps every line it wrote."""
 
     def __init__(
-        self, folder: Path, wandb_mode: Literal["off", "offline", "online"], project: str, config: Any
+        self,
+        folder: Path,
+        wandb_mode: Literal["off", "offline", "online"],
+        project: str,
+        config: Any,
+        resumed: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._wandb = None if wandb_mode == "off" else _start_wandb(folder, wandb_mode, project, config)
+        """`resumed` is the `state` of an earlier attempt: what it wrote after that is put aside."""
+        self._path = folder / "metrics.jsonl"
+        self._file = self._path.open("a", encoding="utf-8")
+        identity = resumed.get("wandb")
+        self._wandb = None if wandb_mode == "off" else _start_wandb(folder, wandb_mode, project, config, identity)
+        self._forget_after(resumed.get("bytes", 0))
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same records."""
+        return {"bytes": self._file.tell(), "wandb": None if self._wandb is None else self._wandb.id}
+
+    def _forget_after(self, size: int) -> None:
+        """Move the records of updates that will be made again to metrics-discarded.jsonl."""
+        records = self._path.read_bytes()
+        if len(records) <= size:
+            return
+        with self._path.with_name("metrics-discarded.jsonl").open("ab") as discarded:
+            discarded.write(records[size:])
+        os.truncate(self._path, size)
+        self._file.seek(0, os.SEEK_END)
 
     def write(self, kind: str, update: int, **values: Any) -> None:
-        """Record `values` of one update; `kind` is train, eval, save or export."""
+        """Record `values` of one update; `kind` is train, eval, save, save_failed, resume or export."""
         record = {"kind": kind, "update": update, **values, "time": round(time.time(), 3)}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -35,7 +61,9 @@ class Tracker:
             self._wandb.finish()
 
 
-def _start_wandb(folder: Path, mode: Literal["offline", "online"], project: str, config: Any) -> Any:
+def _start_wandb(
+    folder: Path, mode: Literal["offline", "online"], project: str, config: Any, identity: str | None
+) -> Any:
     try:
         import wandb
     except ImportError:
@@ -48,6 +76,8 @@ def _start_wandb(folder: Path, mode: Literal["offline", "online"], project: str,
         dir=str(folder),
         mode=mode,
         config=config,
+        id=identity,
+        resume="allow" if identity else None,
         settings=wandb.Settings(console="off", silent=True, disable_git=True),
     )
     run.define_metric("*", step_metric="update")

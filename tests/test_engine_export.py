@@ -1,4 +1,4 @@
-"""Model folders: whole or not there, pruned from the oldest, and a reload that is really compared."""
+"""Model folders: whole or not there, and a reload that is really compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from launch.assets import code_root
-from launch.engine.checkpoint import checkpoint_folder, prune, write_model, write_probe
+from launch.engine.export import write_model, write_probe
 from launch.engine.exported import TOLERANCE, difference, load_exported, untied
 from launch.recipe import Prepared
 from recipes.causal_lm import collate, count, loss
@@ -87,16 +87,6 @@ def test_what_an_interrupted_writing_left_is_written_over(tmp_path: Path) -> Non
     write_model(Accelerator(cpu=True), tiny.gpt2(), tokenizer(), tmp_path / "export")
     assert not left.exists()
     assert not (tmp_path / "export/half.bin").exists()
-
-
-@pytest.mark.parametrize(("keep", "left"), [(1, [1000]), (2, [20, 1000]), (5, [3, 20, 1000]), (None, [3, 20, 1000])])
-def test_the_oldest_checkpoints_are_removed(keep: int | None, left: list[int], tmp_path: Path) -> None:
-    for update in (3, 20, 1000):
-        checkpoint_folder(tmp_path, update).mkdir(parents=True)
-    (tmp_path / "checkpoints/step-000004.writing").mkdir()
-    prune(tmp_path, keep)
-    found = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert found == {*(f"step-{update:06d}" for update in left), "step-000004.writing"}
 
 
 def test_a_tie_that_is_lost_is_noticed_by_storage(exported: tuple[Any, Path, Path]) -> None:

@@ -1,0 +1,58 @@
+"""Writes the trained model as a plain Hugging Face folder, and what is needed to see that it loads again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, send_to_device
+from safetensors.torch import save_file
+
+from launch.engine.sharding import full_state, tied_names, unwrapped
+from launch.engine.streams import first_samples
+from launch.recipe import Prepared
+
+PROBE_COLUMNS = 64
+"""Length to which the probe's sequences are cut: enough to notice any wrong weight."""
+
+
+def write_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write weights, configuration and tokenizer to `folder`, aside first: under its name the folder is whole.
+
+    Every rank must call this.
+    """
+    state = full_state(accelerator, model)
+    if accelerator.is_main_process:
+        aside = folder.with_name(f"{folder.name}.writing")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        unwrapped(model).save_pretrained(aside, state_dict=state)
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that ended before it was checked
+        aside.rename(folder)
+    accelerator.wait_for_everyone()
+
+
+def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prepared, path: Path) -> None:
+    """Write one short validation sample and the logits of the live model, to compare the reloaded model with.
+
+    With it go the names of tied weights. Every rank must call this: with sharded weights a forward pass is a
+    collective.
+    """
+    live = model if accelerator.distributed_type == DistributedType.DEEPSPEED else unwrapped(model)
+    live.eval()
+    batch = prepared.collate(first_samples(prepared.validation, 1))
+    inputs = {
+        name: tensor[:, :PROBE_COLUMNS].contiguous() if tensor.dim() > 1 else tensor
+        for name, tensor in batch.items()
+        if name != "labels"
+    }
+    with torch.no_grad():
+        logits = live(**send_to_device(inputs, accelerator.device)).logits
+    if accelerator.is_main_process:
+        tied = json.dumps(tied_names(unwrapped(model)))
+        save_file({**inputs, "logits": logits.float().cpu().contiguous()}, path, metadata={"tied": tied})

@@ -1,0 +1,46 @@
+"""What may change between the attempts of one run: settings that leave its numbers alone, and no others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from launch.dotted import leaves
+
+HARMLESS_SECTIONS = ("track", "save", "parallel", "cluster")
+"""Where the numbers go, what is kept, and who computes: none of it changes what is computed."""
+
+HARMLESS_KEYS = (
+    *("train.micro_batch_size", "train.activation_checkpointing", "train.compile"),
+    *("train.early_stopping_patience", "train.early_stopping_min_delta"),
+    *("eval.batch_size", "eval.every_steps", "eval.at_start"),
+)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Of two configurations as plain data: the harmless differences and the dangerous ones, `key: old → new`.
+
+    A key that a release did not know yet is no difference.
+    """
+    harmless: list[str] = []
+    dangerous: list[str] = []
+    for key, old, new in _differences(before, now):
+        line = f"{key}: {json.dumps(old, ensure_ascii=False)} → {json.dumps(new, ensure_ascii=False)}"
+        (harmless if _is_harmless(key, now) else dangerous).append(line)
+    return harmless, dangerous
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    old, new = dict(leaves(before)), dict(leaves(now))
+    for key in sorted(old.keys() | new.keys()):
+        known = (key in old and key in new) or key.startswith("recipe_args.")
+        if known and old.get(key) != new.get(key):
+            yield key, old.get(key), new.get(key)
+
+
+def _is_harmless(key: str, now: dict[str, Any]) -> bool:
+    if key.split(".")[0] in HARMLESS_SECTIONS or key in HARMLESS_KEYS:
+        return True
+    # The length bends every schedule but this one.
+    return key in ("train.max_steps", "train.epochs") and now["train"]["schedule"] == "constant"

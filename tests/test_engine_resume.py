@@ -1,0 +1,128 @@
+"""A run that was interrupted ends as one that was not: same samples, losses, learning rates, weights and scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.recipe import Prepared
+from tests import tiny
+from tests.gloo import run_ranks
+from tests.test_engine_sharding import plan_for
+
+SAMPLES = 20  # windows of 8: two and a ragged one an epoch
+UPDATES = 10
+
+TIMES = {"time", "tokens_per_second", "seconds", "stall_seconds"}
+
+
+def attempt(
+    strategy: str, world_size: int, source: str, folder: str, stop_at: int | None, overrides: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Start or continue the run in `folder`; a signal reaches the last rank as update `stop_at` begins."""
+    from transformers import AutoModelForCausalLM
+
+    from launch.engine.progress import Display
+    from launch.engine.run import Run
+    from launch.engine.sharding import full_state, make_accelerator
+    from recipes.causal_lm import collate, count, loss
+    from tests.test_engine_export import tokenizer
+
+    plan = plan_for(strategy, world_size, Path(folder), f"train.max_steps={UPDATES}", *overrides)
+    prepared = Prepared(
+        build_model=lambda: AutoModelForCausalLM.from_pretrained(
+            source, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1
+        ),
+        tokenizer=tokenizer(),
+        train=tiny.sequences(SAMPLES),
+        validation=tiny.sequences(7, seed=1),
+        collate=collate,
+        loss=loss,
+        count=count,
+    )
+    accelerator = make_accelerator(plan)
+    said: list[str] = []
+
+    def signal() -> int | None:
+        reached = stop_at is not None and run.updates_done >= stop_at - 1
+        return 15 if reached and accelerator.process_index == world_size - 1 else None
+
+    display = Display(False)
+    display.say = said.append  # type: ignore[method-assign]
+    run = Run(plan, Path(folder), prepared, accelerator, display, signal)
+    run.train()
+    state = full_state(accelerator, run.model)
+    return {
+        "state": {name: tensor.float().numpy().copy() for name, tensor in state.items()},
+        "updates": run.updates_done,
+        "stopped": run.stopped,
+        "best": run.best,
+        "scores": {name: score.loss for name, score in run.scores.items()},
+        "said": said,
+    }
+
+
+def records(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [
+        {name: value for name, value in record.items() if name not in TIMES}
+        for record in lines
+        if record["kind"] in (kinds or ("train", "eval"))
+    ]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {}
+    for name, build in (("gpt2", tiny.gpt2), ("llama", tiny.llama)):
+        folders[name] = tmp_path_factory.mktemp(name)
+        build().save_pretrained(folders[name])
+    return folders
+
+
+def in_attempts(
+    source: Path, folder: Path, attempts: list[tuple[str, int, int | None]], *overrides: str
+) -> list[dict[str, Any]]:
+    """Each attempt's result on rank 0."""
+    folder.mkdir()
+    return [
+        run_ranks(world_size, attempt, strategy, world_size, str(source), str(folder), stop_at, overrides)[0]
+        for strategy, world_size, stop_at in attempts
+    ]
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, array in one["state"].items():
+        assert np.array_equal(array, other["state"][name]), name
+    for name in ("updates", "best", "scores"):
+        assert one[name] == other[name]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "workers", "micro"),
+    [
+        *((strategy, workers, micro) for strategy in ("single", "ddp") for workers in (0, 2) for micro in (1, 2)),
+        *(("fsdp2", 0, 1), ("fsdp2", 2, 2), ("fsdp2_offload", 0, 2), ("zero1", 2, 1), ("zero2", 0, 1)),
+        *(("zero3", 0, 1), ("zero3", 2, 2), ("zero2_offload", 2, 2), ("zero3_offload", 0, 1)),
+    ],
+)
+def test_two_stops_in_one_epoch_change_nothing_bit_for_bit(
+    strategy: str, workers: int, micro: int, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """With dropout, accumulation, a ragged last window, and a stop right at the end of an epoch."""
+    world_size = 1 if strategy == "single" else 2
+    overrides = (f"train.micro_batch_size={micro}", f"parallel.data_workers={workers}")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    (expected,) = in_attempts(sources["gpt2"], whole, [(strategy, world_size, None)], *overrides)
+    stops = [(strategy, world_size, stop) for stop in (5, 6, None)]
+    results = in_attempts(sources["gpt2"], parts, stops, *overrides)
+    assert [result["stopped"] for result in results] == [15, 15, None]
+    assert [result["updates"] for result in results] == [5, 6, UPDATES]
+    assert records(parts) == records(whole)
+    assert_same(results[-1], expected)
