@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from launch.recipe import Samples
+from launch.stop import ignore_in_data_worker
 
 Indices = range | np.ndarray[Any, np.dtype[np.int64]]
 Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
@@ -139,6 +140,7 @@ def load(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=ignore_in_data_worker,
         generator=torch.Generator(),  # else each new loader draws from the generator that dropout draws from
     )
     batches = iter(loader)

@@ -21,6 +21,7 @@ from torch.utils.data._utils import worker as torch_worker
 from launch.engine.batching import Collate, MicroBatch, Window, Work, deal
 from launch.errors import DataError, LaunchError
 from launch.recipe import Samples, Stream
+from launch.stop import ignore_in_data_worker
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -89,6 +90,7 @@ class Reader:
             collate_fn=_as_it_is,
             num_workers=self.workers,
             pin_memory=self.pin_memory,
+            worker_init_fn=ignore_in_data_worker,
             generator=torch.Generator(),  # see `batching.load`
         )
         cells, window = _unless_failed(loader), None
