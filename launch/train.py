@@ -168,19 +168,21 @@ def _report_failure(world: World, start: Start | None, message: str, exit_code: 
 def work(start: Start) -> None:
     """Prepare, train, evaluate, export. Every rank must call this."""
     from launch.engine.agree import raise_together
+    from launch.engine.data import open_data
     from launch.engine.progress import Display
     from launch.engine.run import Run
     from launch.engine.sharding import make_accelerator
 
-    display = Display(start.world.rank == 0)
+    display, data = Display(start.world.rank == 0), None
     try:
         prepared, problem = _prepare(start, display)
+        data = open_data(start.plan, prepared, start.world.rank) if prepared else None
         accelerator = make_accelerator(start.plan)
         raise_together(accelerator, problem)
-        assert prepared is not None, "no rank had a problem"
+        assert prepared is not None and data is not None, "no rank had a problem"
         folder = start.folder = start.folder or _make_folder(start, accelerator, display)
         with _memory_may_run_out(start):
-            run = Run(start.plan, folder, prepared, accelerator, display)
+            run = Run(start.plan, folder, prepared, data, accelerator, display)
             if start.trials:
                 return _try_sizes(run)
             run.train()
@@ -188,6 +190,8 @@ def work(start: Start) -> None:
         if accelerator.is_main_process:
             finish(run)
     finally:
+        if data:
+            data.close()
         display.close()
 
 
