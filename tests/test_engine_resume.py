@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from launch.recipe import Prepared
+from launch.topology import read_world
 from tests import tiny
 from tests.gloo import run_ranks
 from tests.test_engine_sharding import plan_for
@@ -42,6 +43,7 @@ def attempt(
     """Start or continue the run in `folder`; a signal reaches the last rank as update `stop_at` begins."""
     from transformers import AutoModelForCausalLM
 
+    from launch.engine.data import open_data
     from launch.engine.progress import Display
     from launch.engine.run import Run
     from launch.engine.sharding import full_state, make_accelerator
@@ -58,6 +60,7 @@ def attempt(
         loss=loss,
         count=count,
     )
+    data = open_data(plan, prepared, read_world().rank)
     accelerator = make_accelerator(plan)
     said: list[str] = []
 
@@ -67,7 +70,7 @@ def attempt(
 
     display = Display(False)
     display.say = said.append  # type: ignore[method-assign]
-    run = Run(plan, Path(folder), prepared, accelerator, display, signal)
+    run = Run(plan, Path(folder), prepared, data, accelerator, display, signal)
     run.train()
     state = full_state(accelerator, run.model)
     return {

@@ -25,10 +25,12 @@ def attempt(strategy: str, world_size: int, folder: str, stop_at: int | None) ->
     """Begin or go on with the run of the goldens; the losses of this attempt."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from launch.engine.data import open_data
     from launch.engine.progress import Display
     from launch.engine.run import Run
     from launch.engine.sharding import make_accelerator
     from launch.recipe import Prepared
+    from launch.topology import read_world
     from recipes.causal_lm import collate, count, loss
     from tests import tiny
     from tests.test_engine_export import tokenizer
@@ -40,12 +42,13 @@ def attempt(strategy: str, world_size: int, folder: str, stop_at: int | None) ->
     config = GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     train, validation = tiny.sequences(20), tiny.sequences(7, seed=1)
     prepared = Prepared(lambda: GPT2LMHeadModel(config), tokenizer(), train, validation, collate, loss, count)
+    data = open_data(plan, prepared, read_world().rank)
     accelerator = make_accelerator(plan)
 
     def signal() -> int | None:
         return 15 if stop_at is not None and run.updates_done >= stop_at - 1 else None
 
-    run = Run(plan, Path(folder), prepared, accelerator, Display(False), signal)
+    run = Run(plan, Path(folder), prepared, data, accelerator, Display(False), signal)
     run.train()
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines() if accelerator.is_main_process else []
     return [record["loss"] for record in map(json.loads, lines) if record["kind"] == "train"]
