@@ -164,7 +164,7 @@ class ParallelSection(Section):
     max_restarts: int = Field(0, ge=0)
     """After a crash, start again from the newest checkpoint, at most so many times without a newer one in between."""
     data_workers: int = Field(0, ge=0)
-    """Processes per rank that load and collate batches (each reads all of a stream); 0: the rank does it itself."""
+    """Processes per rank and dataset that load and collate (each reads all of a stream); 0: the rank does it itself."""
 
 
 class ClusterSection(Section):

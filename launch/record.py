@@ -140,9 +140,7 @@ def refuse_results(folder: Path) -> None:
         RunFolderError: there is something in it.
     """
     if folder.is_dir() and any(folder.iterdir()):
-        raise RunFolderError(
-            f"{folder}: is not empty, and holds no run to go on with; nothing is ever overwritten: choose another --out"
-        )
+        raise RunFolderError(f"{folder}: is not empty, and a run is never overwritten; choose another --out")
 
 
 def lock(folder: Path) -> FileLock:

@@ -229,20 +229,22 @@ def _known_folder(start: Start | None) -> Path | None:
 def work(start: Start, stop: StopRequest) -> None:
     """Prepare, train, evaluate, export. Every rank must call this."""
     from launch.engine.agree import raise_together
+    from launch.engine.data import open_data
     from launch.engine.progress import Display
     from launch.engine.run import Run
     from launch.engine.sharding import make_accelerator
 
-    display = Display(start.world.rank == 0)
+    display, data = Display(start.world.rank == 0), None
     try:
         prepared, problem = _prepare(start, display)
         stop.immediate = start.trials  # from here on ranks wait for each other, and there will be something to save
+        data = open_data(start.plan, prepared, start.world.rank) if prepared else None
         accelerator = make_accelerator(start.plan)
         raise_together(accelerator, problem)
-        assert prepared is not None, "no rank had a problem"
+        assert prepared is not None and data is not None, "no rank had a problem"
         folder = start.folder = start.folder or _make_folder(start, accelerator, display)
         with _memory_may_run_out(start):
-            run = Run(start.plan, folder, prepared, accelerator, display, lambda: stop.number)
+            run = Run(start.plan, folder, prepared, data, accelerator, display, lambda: stop.number)
             if start.trials:
                 return _try_sizes(run)
             run.train()
@@ -252,6 +254,8 @@ def work(start: Start, stop: StopRequest) -> None:
         if accelerator.is_main_process:
             _say_stopped(run) if stop.honoured else finish(run)
     finally:
+        if data:
+            data.close()
         display.close()
 
 

@@ -23,7 +23,7 @@ from launch.config import load
 from launch.errors import LaunchError
 from launch.plan import make_plan
 from launch.recipe import Preview
-from launch.record import create_run_folder, held
+from launch.record import create_run_folder, held, read_json, write_json
 from launch.stop import STOPPED, StopRequest, ignore_in_data_worker, write_stopped
 from launch.topology import Machine, World
 
@@ -74,10 +74,10 @@ def work(folder: Path) -> None:
                 time.sleep(0.3)
                 os.kill(os.getpid(), signal.SIGKILL)
         if stop.number is not None:
-            asked.touch()
+            write_json(asked, stop.number)
     if rank == 0:
         checkpoint = save(folder, update)
-        write_stopped(folder, stop.number or signal.SIGTERM, update, checkpoint)
+        write_stopped(folder, read_json(asked), update, checkpoint)
     while not (folder / STOPPED).exists():
         time.sleep(0.05)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from launch import cache as cache_module
 from launch.cache import Cache, file_identity
 from launch.errors import DataError
 
@@ -86,6 +90,50 @@ def test_a_builder_that_raises_leaves_nothing_and_its_error_is_its_own(tmp_path:
     assert [path.name for path in folder.iterdir()] == ["data.txt"]
 
 
+def test_ctrl_c_leaves_nothing_and_is_no_failure_for_others(tmp_path: Path) -> None:
+    def is_stopped(folder: Path) -> None:
+        (folder / "half.txt").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Cache(tmp_path).folder("tokens", KEY, is_stopped)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_it_knows_what_it_was_asked_for_and_what_it_has_filled(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    one, two = cache.folder("one", KEY, writes("1")), cache.folder("two", KEY, writes("2"))
+    assert cache.folder("one", KEY, refuses) == one
+    assert cache.folders == {one: True, two: True}
+    other = Cache(tmp_path)
+    other.folder("two", KEY, refuses)
+    assert other.folders == {two: False}
+
+
+def test_everything_is_on_the_disk_names_too_before_and_after_the_renaming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What power loss would undo cannot be seen; that the kernel is asked for it, and when, can."""
+    flushed: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        real(descriptor)
+
+    def build(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        (folder / "inner/data.txt").write_text("whole")
+        (folder / "data.txt").write_text("whole")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    final = Cache(tmp_path).folder("tokens", KEY, build)
+    *before, last = flushed
+    aside = f"{final}.building"
+    assert sorted(before) == [aside, f"{aside}/data.txt", f"{aside}/inner", f"{aside}/inner/data.txt"]
+    assert last == str(tmp_path)
+
+
 def test_an_input_that_cannot_be_read_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
     def reads(_folder: Path) -> None:
         (tmp_path / "input.txt").read_text()
@@ -131,12 +179,53 @@ def build_slowly(root: Path, builds: Path, start: Barrier) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["first.txt", "second.txt"]
 
 
-def die_while_building(root: Path) -> None:
+def build_and_die(root: Path, event: str, suffix: str) -> None:
+    """Build, and be killed just before a call to the system that is about a path with this end."""
+
+    def die(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == event and str(arguments[0]).endswith(suffix):
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def build(folder: Path) -> None:
-        (folder / "half.txt").write_text("half")
-        os.kill(os.getpid(), signal.SIGKILL)
+        (folder / "first.txt").write_text("1")
+        (folder / "second.txt").write_text("2")
+
+    sys.addaudithook(die)
+    Cache(root).folder("tokens", KEY, build)
+
+
+def build_until_killed(root: Path, forks: bool) -> None:
+    def build(folder: Path) -> None:
+        if forks and os.fork() == 0:
+            time.sleep(30)
+            os._exit(0)
+        (folder / "half.txt").write_text(str(os.getpid()))
+        time.sleep(30)
 
     Cache(root).folder("tokens", KEY, build)
+
+
+def fail_slowly(root: Path, kind: type[Exception]) -> None:
+    def build(folder: Path) -> None:
+        (folder / "half.txt").write_text("half")
+        time.sleep(1)
+        raise kind("sample 9: is odd")
+
+    Cache(root).folder("tokens", KEY, build)
+
+
+@contextmanager
+def running(target: Callable[..., None], root: Path, *arguments: Any) -> Iterator[BaseProcess]:
+    """A process that has begun to build."""
+    process = spawn.Process(target=target, args=(root, *arguments), daemon=True)
+    process.start()
+    deadline = time.monotonic() + 60
+    while not list(root.rglob("half.txt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield process
+    process.kill()
+    process.join()
 
 
 def exit_codes(processes: list[BaseProcess]) -> list[int | None]:
@@ -156,11 +245,66 @@ def test_of_four_processes_one_builds_and_all_see_it_whole(tmp_path: Path) -> No
     assert len(builds.read_text().splitlines()) == 1
 
 
-def test_a_builder_that_is_killed_leaves_nothing_that_loads_and_the_next_one_builds(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
-    process = spawn.Process(target=die_while_building, args=(tmp_path,), daemon=True)
+@pytest.mark.parametrize(
+    ("event", "suffix", "whole"),
+    [
+        ("os.mkdir", ".building", False),
+        ("open", ".building/second.txt", False),
+        ("open", ".building", False),  # to flush it
+        ("os.rename", ".building", False),
+        ("open", "/cache", True),  # to flush the new name
+        ("os.remove", ".builder", True),
+    ],
+)
+def test_a_builder_that_is_killed_leaves_nothing_that_loads_and_the_next_one_builds(
+    tmp_path: Path, event: str, suffix: str, whole: bool
+) -> None:
+    cache = Cache(tmp_path / "cache")
+    process = spawn.Process(target=build_and_die, args=(cache.root, event, suffix), daemon=True)
     assert exit_codes([process]) == [-signal.SIGKILL]
-    assert list(tmp_path.rglob("half.txt")), "it had begun"
-    assert not cache.path("tokens", KEY).exists()
-    folder = cache.folder("tokens", KEY, writes("whole"))
+    assert (cache.root / f"{cache.path('tokens', KEY).name}.builder").exists(), "it had begun"
+    assert cache.path("tokens", KEY).exists() == whole
+    folder = cache.folder("tokens", KEY, refuses if whole else writes("whole"))
+    assert sorted(path.name for path in folder.iterdir()) == (["first.txt", "second.txt"] if whole else ["data.txt"])
+    assert [path for path in cache.root.iterdir() if path.is_dir()] == [folder]
+
+
+@pytest.mark.parametrize("forks", [False, True])
+def test_who_waited_for_a_builder_that_is_killed_says_so_and_takes_over(
+    tmp_path: Path, forks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where processes live on that the builder has forked, as `datasets` does: the lock is not theirs."""
+    monkeypatch.setattr(cache_module, "PATIENCE_SECONDS", 0.5)
+    said: list[str] = []
+    with running(build_until_killed, tmp_path, forks) as builder:
+
+        def note_and_kill(text: str) -> None:
+            said.append(text)
+            builder.kill()
+
+        cache = Cache(tmp_path, note_and_kill)
+        began = time.monotonic()
+        folder = cache.folder("tokens", KEY, writes("whole"))
+        assert time.monotonic() - began < 5
     assert [path.name for path in folder.iterdir()] == ["data.txt"]
+    assert cache.folders == {folder: True}
+    assert said == [f"waiting for another process (pid {builder.pid}, {socket.gethostname()}) to prepare {folder}"]
+
+
+@pytest.mark.parametrize("kind", [DataError, ValueError])
+def test_who_waited_for_a_builder_that_fails_fails_alike_and_a_later_one_tries_again(
+    tmp_path: Path, kind: type[Exception]
+) -> None:
+    cache = Cache(tmp_path)
+    with running(fail_slowly, tmp_path, kind) as builder, pytest.raises((DataError, RuntimeError)) as caught:
+        cache.folder("tokens", KEY, refuses)
+    if kind is DataError:
+        assert type(caught.value) is DataError
+        assert str(caught.value) == "sample 9: is odd"
+    else:
+        final, host = cache.path("tokens", KEY), socket.gethostname()
+        assert str(caught.value) == (
+            f"pid {builder.pid} on {host} failed to prepare {final}: ValueError: sample 9: is odd"
+        )
+        assert 'raise kind("sample 9: is odd")' in caught.value.__notes__[0], "the builder's own traceback"
+    assert (cache.folder("tokens", KEY, writes("whole")) / "data.txt").read_text() == "whole"

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.engine.batching import MicroBatch, Order, deal, epoch_order, load
+from launch.engine.batching import Loader, MicroBatch, Order, deal, epoch_order
 
 sizes = st.integers(1, 60)
 
@@ -85,7 +85,7 @@ def test_batches_come_in_order_with_and_without_workers() -> None:
         return {"x": torch.from_numpy(np.concatenate(items))}
 
     for workers in (0, 2):
-        got = list(load(samples, lambda: order.windows(1, 4), collate, workers, False))
+        got = list(Loader(samples, collate, workers).load(lambda: order.windows(1, 4)))
         assert [window for window, _ in got] == list(order.windows(1, 4))
         assert [batch["x"].tolist() for _, batches in got for batch in batches] == [
             *([0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11], [12, 13, 14], [15, 16, 17], [18, 19])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from launch.engine.batching import Order, load
+from launch.engine.batching import Loader, Order
 from launch.engine.loop import Step, fit
 from launch.engine.sharding import updates
 from launch.errors import NonFiniteError
@@ -103,7 +103,7 @@ def four_updates(stop_after: int) -> tuple[list[int], Any]:
 
     fit(
         Step(accelerator, model, updates(accelerator, model, optimizer, 1.0), loss, count),
-        load(samples, lambda: order.windows(1, 4), collate, 0, False),
+        Loader(samples, collate).load(lambda: order.windows(1, 4)),
         rate,
         after_update,
     )

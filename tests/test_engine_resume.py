@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from launch.recipe import Prepared
+from launch.topology import read_world
 from tests import tiny
 from tests.gloo import run_ranks
 from tests.test_engine_sharding import plan_for
@@ -20,12 +21,29 @@ UPDATES = 10
 TIMES = {"time", "tokens_per_second", "seconds", "stall_seconds"}
 
 
+def with_dropout(model: Any, share: float) -> Any:
+    """The model, with what GPT-2 has of dropout set to `share`; Llama has none."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = share
+    return model
+
+
 def attempt(
-    strategy: str, world_size: int, source: str, folder: str, stop_at: int | None, overrides: tuple[str, ...] = ()
+    strategy: str,
+    world_size: int,
+    source: str,
+    folder: str,
+    stop_at: int | None,
+    overrides: tuple[str, ...] = (),
+    dropout: float = 0.1,
 ) -> dict[str, Any]:
     """Start or continue the run in `folder`; a signal reaches the last rank as update `stop_at` begins."""
     from transformers import AutoModelForCausalLM
 
+    from launch.engine.data import open_data
     from launch.engine.progress import Display
     from launch.engine.run import Run
     from launch.engine.sharding import full_state, make_accelerator
@@ -34,9 +52,7 @@ def attempt(
 
     plan = plan_for(strategy, world_size, Path(folder), f"train.max_steps={UPDATES}", *overrides)
     prepared = Prepared(
-        build_model=lambda: AutoModelForCausalLM.from_pretrained(
-            source, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1
-        ),
+        build_model=lambda: with_dropout(AutoModelForCausalLM.from_pretrained(source), dropout),
         tokenizer=tokenizer(),
         train=tiny.sequences(SAMPLES),
         validation=tiny.sequences(7, seed=1),
@@ -44,6 +60,7 @@ def attempt(
         loss=loss,
         count=count,
     )
+    data = open_data(plan, prepared, read_world().rank)
     accelerator = make_accelerator(plan)
     said: list[str] = []
 
@@ -53,7 +70,7 @@ def attempt(
 
     display = Display(False)
     display.say = said.append  # type: ignore[method-assign]
-    run = Run(plan, Path(folder), prepared, accelerator, display, signal)
+    run = Run(plan, Path(folder), prepared, data, accelerator, display, signal)
     run.train()
     state = full_state(accelerator, run.model)
     return {
@@ -85,12 +102,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def in_attempts(
-    source: Path, folder: Path, attempts: list[tuple[str, int, int | None]], *overrides: str
+    source: Path, folder: Path, attempts: list[tuple[str, int, int | None]], *overrides: str, dropout: float = 0.1
 ) -> list[dict[str, Any]]:
     """Each attempt's result on rank 0."""
     folder.mkdir()
     return [
-        run_ranks(world_size, attempt, strategy, world_size, str(source), str(folder), stop_at, overrides)[0]
+        run_ranks(world_size, attempt, strategy, world_size, str(source), str(folder), stop_at, overrides, dropout)[0]
         for strategy, world_size, stop_at in attempts
     ]
 
@@ -126,3 +143,36 @@ def test_two_stops_in_one_epoch_change_nothing_bit_for_bit(
     assert [result["updates"] for result in results] == [5, 6, UPDATES]
     assert records(parts) == records(whole)
     assert_same(results[-1], expected)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("gpt2", (("ddp", 2), ("single", 1), ("ddp", 3))),
+        ("gpt2", (("fsdp2", 2), ("fsdp2", 3), ("zero3", 2))),
+        ("gpt2", (("zero3", 3), ("ddp", 2), ("fsdp2", 3))),
+        ("gpt2", (("zero2", 2), ("zero1", 3), ("single", 1))),
+        ("gpt2", (("zero2_offload", 3), ("zero3_offload", 2), ("fsdp2_offload", 2))),
+        ("llama", (("single", 1), ("zero2", 3), ("fsdp2", 2))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{strategy}x{size}" for strategy, size in value),
+)
+def test_it_goes_on_with_other_ranks_and_strategies(
+    name: str, path: Any, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Each window has the samples it would have had, at the learning rate it would have had."""
+    overrides = ("train.global_batch_size=12", "train.micro_batch_size=2", "eval.every_steps=4")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    (expected,) = in_attempts(sources[name], whole, [("single", 1, None)], *overrides, dropout=0.0)
+    attempts = [(*way, stop) for way, stop in zip(path, (2, 7, None), strict=True)]
+    results = in_attempts(sources[name], parts, attempts, *overrides, dropout=0.0)
+    assert [result["updates"] for result in results] == [2, 7, UPDATES]
+    for got, wanted in zip(records(parts), records(whole), strict=True):
+        for key in wanted.keys() - {"loss", "gradient_norm", "perplexity"}:
+            assert got[key] == wanted[key], key
+        assert got["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+    for key, array in expected["state"].items():
+        assert np.allclose(array, results[-1]["state"][key], atol=1e-4), key
+    assert results[-1]["scores"]["after"] == pytest.approx(expected["scores"]["after"], abs=1e-5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from launch.engine.batching import Loader
 from launch.engine.scoring import Evaluation
 from recipes.causal_lm import collate, count, loss
 from tests import tiny
@@ -22,7 +23,7 @@ def scores() -> dict[tuple[int, int], tuple[float, int, int, bool]]:
     found = {}
     for rows in ROWS:
         for batch_size in BATCH_SIZES:
-            evaluation = Evaluation(accelerator, tiny.sequences(rows), collate, loss, count, batch_size)
+            evaluation = Evaluation(accelerator, Loader(tiny.sequences(rows), collate), loss, count, batch_size)
             score = evaluation(model)
             found[rows, batch_size] = (score.loss, score.counts.samples, score.counts.targets, model.training)
     return found
@@ -54,7 +55,7 @@ def test_dropout_is_off_while_evaluating_and_on_again_afterwards() -> None:
     assert dropouts
     for module in dropouts:
         module.p = 0.5
-    score = Evaluation(Accelerator(cpu=True), tiny.sequences(10), collate, loss, count, 4)(model)
+    score = Evaluation(Accelerator(cpu=True), Loader(tiny.sequences(10), collate), loss, count, 4)(model)
     with torch.no_grad():
         assert score.loss == pytest.approx(float(tiny.reference_loss(tiny.gpt2().eval(), tiny.sequences(10))), abs=1e-6)
     assert all(module.training for module in dropouts)
@@ -64,7 +65,7 @@ def test_only_the_first_samples_are_evaluated_on_request() -> None:
     accelerator = Accelerator(cpu=True)
     model = tiny.gpt2().eval()
     advanced: list[int] = []
-    evaluation = Evaluation(accelerator, tiny.sequences(10), collate, loss, count, 4, max_samples=6)
+    evaluation = Evaluation(accelerator, Loader(tiny.sequences(10), collate), loss, count, 4, max_samples=6)
     score = evaluation(model, advanced.append)
     with torch.no_grad():
         assert score.loss == pytest.approx(float(tiny.reference_loss(model, tiny.sequences(10)[:6])), abs=1e-6)
@@ -74,5 +75,5 @@ def test_only_the_first_samples_are_evaluated_on_request() -> None:
 
 def test_nothing_to_predict_is_a_loss_of_zero() -> None:
     lonely: list[Any] = [tiny.sequences(4)[3]]
-    score = Evaluation(Accelerator(cpu=True), lonely, collate, loss, count, 1)(tiny.gpt2())
+    score = Evaluation(Accelerator(cpu=True), Loader(lonely, collate), loss, count, 1)(tiny.gpt2())
     assert (score.loss, score.counts.targets) == (0.0, 0)

@@ -18,7 +18,7 @@ from launch.errors import NonFiniteError
 from launch.plan import Plan, make_plan
 from launch.recipe import Prepared, Preview
 from launch.strategy import Strategy
-from launch.topology import Machine, World
+from launch.topology import Machine, World, read_world
 from tests import tiny
 from tests.gloo import run_ranks
 
@@ -65,6 +65,7 @@ def trained(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from launch.engine.data import open_data
     from launch.engine.progress import Display
     from launch.engine.run import Run
     from launch.engine.sharding import full_state, make_accelerator
@@ -82,8 +83,11 @@ def trained(
         loss=loss,
         count=count,
     )
+    data = open_data(plan, prepared, read_world().rank)
+    forks: list[int] = []
+    os.register_at_fork(before=lambda: forks.append(os.getpid()))
     accelerator = make_accelerator(plan)
-    run = Run(plan, Path(folder), prepared, accelerator, Display(False))
+    run = Run(plan, Path(folder), prepared, data, accelerator, Display(False))
     run.train()
     state = full_state(accelerator, run.model)
     bare = accelerator.unwrap_model(run.model)
@@ -91,6 +95,7 @@ def trained(
         "kind": accelerator.distributed_type.value,
         "formats": run.result()["dtypes"],
         "passes": len(calls),
+        "forks": len(forks),
         "compiled": int(torch._dynamo.utils.counters["stats"]["unique_graphs"]),
         "dtypes": sorted({str(parameter.dtype) for parameter in bare.parameters()}),
         "tied": bare.get_input_embeddings().weight is bare.get_output_embeddings().weight,
@@ -221,6 +226,7 @@ def test_a_split_changes_nothing(
         f"parallel.data_workers={workers}",
     )
     results = run_ranks(world_size, trained, strategy, world_size, str(sources["gpt2"]), str(tmp_path), "", overrides)
+    assert {result["forks"] for result in results} == {0}, "none once there are the threads of a process group"
     loss, norm = differences(records(tmp_path), twelve[0])
     assert loss < 1e-5
     assert norm < 1e-4
@@ -406,6 +412,7 @@ def spoiled(strategy: str, source: str, folder: str, what: str) -> tuple[str, fl
     import torch
     from transformers import AutoModelForCausalLM
 
+    from launch.engine.data import open_data
     from launch.engine.progress import Display
     from launch.engine.run import Run
     from launch.engine.sharding import full_state, make_accelerator
@@ -428,8 +435,9 @@ def spoiled(strategy: str, source: str, folder: str, what: str) -> tuple[str, fl
     prepared = Prepared(
         lambda: AutoModelForCausalLM.from_pretrained(source), tokenizer(), samples, samples, collate, spoil, count
     )
+    data = open_data(plan, prepared, read_world().rank)
     accelerator = make_accelerator(plan)
-    run = Run(plan, Path(folder), prepared, accelerator, Display(False))
+    run = Run(plan, Path(folder), prepared, data, accelerator, Display(False))
     try:
         run.train()
     except NonFiniteError as error:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.config import load as load_config
-from launch.engine.batching import Order, Work, epoch_order, load
+from launch.engine.batching import Loader, Order, Work, epoch_order
 from launch.engine.loop import Step, StepResult, fit
 from launch.engine.scoring import Evaluation
 from launch.engine.sharding import updates
@@ -26,6 +26,7 @@ from launch.engine.trials import LOOKED_AT, longest_samples
 from launch.errors import DataError, LaunchError
 from launch.prepare import check_data
 from launch.recipe import Prepared
+from launch.topology import World, read_world
 from recipes.causal_lm import collate, count, loss
 from tests import tiny
 from tests.commands import shoal
@@ -85,7 +86,7 @@ def test_a_stream_has_the_windows_of_samples_by_index(
     sizes = window, micro
     for rank in range(world_size):
         order = Order(rows, *sizes, None, rank, world_size)
-        expected = list(load(range(rows), lambda order=order: order.windows(1, updates), list, 0, False))  # type: ignore[misc, arg-type]
+        expected = list(Loader(range(rows), list).load(lambda order=order: order.windows(1, updates)))  # type: ignore[misc, arg-type]
         reader: Any = Reader("training", Rows(range(rows)), *sizes, rank, world_size, list)  # type: ignore[arg-type]
         assert list(reader.windows(updates)) == expected
 
@@ -106,6 +107,7 @@ def test_the_first_samples_of_a_stream(rows: int, most: int, batch_size: int) ->
 
 GLOBAL_BATCH = 12
 MICRO_BATCH = 2
+EVAL_BATCH = 16
 CASES = {19: 4, 5: 2, 1001: 3}
 """Rows, and how many updates to train; two epochs but where there are very many rows."""
 KINDS = ("index", "stream")
@@ -115,13 +117,23 @@ def rate(update: int) -> float:
     return 0.1 * update
 
 
-def work_of(kind: str, samples: list[Any], workers: int, rank: int, world_size: int) -> Work:
-    two_epochs = 2 * -(-len(samples) // GLOBAL_BATCH)
-    if kind == "stream":
-        reader = Reader("training", Rows(samples), GLOBAL_BATCH, MICRO_BATCH, rank, world_size, collate, workers)
-        return reader.windows(two_epochs)
-    order = Order(len(samples), GLOBAL_BATCH, MICRO_BATCH, 0, rank, world_size)
-    return load(samples, lambda: order.windows(1, two_epochs), collate, workers, False)
+def data_of(kind: str, samples: list[Any], workers: int, world: World) -> tuple[Loader | Reader, Loader | Reader]:
+    """Samples to train on and to evaluate on."""
+    if kind == "index":
+        return Loader(samples, collate, workers), Loader(samples, collate, workers)
+    ranks = world.rank, world.size, collate, workers
+    return (
+        Reader("training", Rows(samples), GLOBAL_BATCH, MICRO_BATCH, *ranks),
+        Reader("validation", Rows(samples), EVAL_BATCH * world.size, EVAL_BATCH, *ranks),
+    )
+
+
+def work_of(data: Loader | Reader, rows: int, world: World) -> Work:
+    two_epochs = 2 * -(-rows // GLOBAL_BATCH)
+    if isinstance(data, Reader):
+        return data.windows(two_epochs)
+    order = Order(rows, GLOBAL_BATCH, MICRO_BATCH, 0, world.rank, world.size)
+    return data.load(lambda: order.windows(1, two_epochs))
 
 
 def whole(batch: Any) -> list[tuple[int, ...]]:
@@ -133,9 +145,14 @@ def whole(batch: Any) -> list[tuple[int, ...]]:
 
 def cases() -> dict[tuple[int, str, int], dict[str, Any]]:
     """What this rank sees of each case: its samples of all windows, the first updates, and an evaluation."""
+    world, found = read_world(), {}
+    opened = {
+        (rows, kind, workers): data_of(kind, tiny.sequences(rows), workers, world)
+        for rows, kind, workers in itertools.product(CASES, KINDS, (0, 2))
+    }
     accelerator = Accelerator(cpu=True)
-    found = {}
-    for (rows, trained), kind, workers in itertools.product(CASES.items(), KINDS, (0, 2)):
+    for case, (data, validation) in opened.items():
+        rows, trained = case[0], CASES[case[0]]
         samples = tiny.sequences(rows)
         own: list[Any] = []
 
@@ -159,7 +176,7 @@ def cases() -> dict[tuple[int, str, int], dict[str, Any]]:
             made.append(result)
             return False
 
-        work = watched(work_of(kind, samples, workers, accelerator.process_index, accelerator.num_processes))
+        work = watched(work_of(data, rows, world))
         fit(step, itertools.islice(work, trained), rate, after_update)
         assert list(work) or rows < 1000, "there is more than was trained on"
         evaluated: list[Any] = []
@@ -168,9 +185,8 @@ def cases() -> dict[tuple[int, str, int], dict[str, Any]]:
             evaluated += whole(batch)
             return count(batch)
 
-        data = Rows(samples) if kind == "stream" else samples
-        score = Evaluation(accelerator, data, collate, loss, counted, 16, None, workers)(tiny.gpt2())
-        found[rows, kind, workers] = {"own": own, "made": made, "evaluated": evaluated, "score": score}
+        score = Evaluation(accelerator, validation, loss, counted, EVAL_BATCH)(tiny.gpt2())
+        found[case] = {"own": own, "made": made, "evaluated": evaluated, "score": score}
     return found
 
 
@@ -238,32 +254,32 @@ def test_windows_losses_and_scores_do_not_depend_on_ranks_workers_and_kind_of_da
 
 def little() -> dict[str, Any]:
     """One row on all ranks, and streams that end too early."""
+    world, one = read_world(), tiny.sequences(1)
+
+    def opened(stream: Any, workers: int) -> tuple[Reader, Reader]:
+        ranks = world.rank, world.size, collate, workers
+        return Reader("training", stream, 6, 2, *ranks), Reader("validation", stream, 2 * world.size, 2, *ranks)
+
+    streams = {"one": Rows(one), "empty": Rows([]), "once": Once(one)}
+    data = {(name, workers): opened(streams[name], workers) for name in streams for workers in (0, 2)}
     accelerator = Accelerator(cpu=True)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
     model = accelerator.prepare(tiny.gpt2())
     found: dict[str, Any] = {}
-    for workers in (0, 2):
-
-        def work(stream: Any, workers: int = workers) -> Work:
-            return Reader("training", stream, 6, 2, rank, world_size, collate, workers).windows(2)
-
-        def scored(stream: Any, workers: int = workers) -> Any:
-            return Evaluation(accelerator, stream, collate, loss, count, 2, None, workers)(model)
-
-        one = tiny.sequences(1)
-        found[f"one, {workers}"] = (
-            [(window.epoch, window.consumed, cell) for window, _ in work(Rows(one)) for cell in window.micro_batches],
-            scored(Rows(one)),
-        )
-        for name, stream, action in (
-            ("empty", Rows([]), lambda stream, work=work: list(work(stream))),
-            ("once", Once(one), lambda stream, work=work: list(work(stream))),
-            ("empty validation", Rows([]), scored),
-        ):
-            try:
-                action(stream)
-            except DataError as error:
-                found[f"{name}, {workers}"] = str(error)
+    for (name, workers), (training, validation) in data.items():
+        try:
+            work = list(training.windows(2))
+        except DataError as error:
+            found[f"{name}, {workers}"] = str(error)
+        else:
+            cells = [(window.epoch, window.consumed, cell) for window, _ in work for cell in window.micro_batches]
+        if name == "once":
+            continue
+        try:
+            score = Evaluation(accelerator, validation, loss, count, 2)(model)
+        except DataError as error:
+            found[f"{name} validation, {workers}"] = str(error)
+        else:
+            found[f"{name}, {workers}"] = cells, score
     return found
 
 
@@ -281,8 +297,7 @@ def test_one_sample_is_enough_for_any_number_of_ranks_and_none_is_an_error_on_al
             hint = "it must hold at least one, and begin with the first each time it is read"
             assert found[f"empty, {workers}"] == f"the training stream gives no sample in epoch 1; {hint}"
             assert found[f"empty validation, {workers}"] == f"the validation stream gives no sample in epoch 1; {hint}"
-            if workers == 0:  # a worker reads its own copy
-                assert found["once, 0"] == f"the training stream gives no sample in epoch 2; {hint}"
+            assert found[f"once, {workers}"] == f"the training stream gives no sample in epoch 2; {hint}"
 
 
 def test_an_endless_stream_is_read_as_far_as_needed() -> None:
@@ -306,7 +321,8 @@ def test_an_evaluation_reads_no_more_than_it_was_asked_for() -> None:
     rows = Rows(itertools.count())
     rows.__class__ = type("Cycle", (Rows,), {"__iter__": lambda self: itertools.cycle(samples)})
     model = tiny.gpt2()
-    evaluation = Evaluation(Accelerator(cpu=True), rows, collate, loss, count, 4, max_samples=6)
+    data = Reader("validation", rows, 4, 4, 0, 1, collate)
+    evaluation = Evaluation(Accelerator(cpu=True), data, loss, count, 4, max_samples=6)
     assert evaluation.size is None
     for _ in range(2):
         score = evaluation(model, advanced.append)

@@ -35,12 +35,29 @@ def test_every_record_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> Non
     assert not (tmp_path / "wandb").exists()
 
 
-def test_a_second_tracker_adds_to_the_first_ones_lines(tmp_path: Path) -> None:
+def test_a_resumed_tracker_goes_on_where_the_checkpoint_was_made(tmp_path: Path) -> None:
+    first = Tracker(tmp_path, "off", "shoal", {})
+    first.write("train", 1)
+    state = first.state()
+    first.write("train", 2)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"kind": "tra')  # killed in the middle of a line
+    second = Tracker(tmp_path, "off", "shoal", {}, state)
+    second.write("train", 2, again=True)
+    second.close()
+    assert [(record["update"], "again" in record) for record in lines(tmp_path)] == [(1, False), (2, True)]
+    discarded = (tmp_path / "metrics-discarded.jsonl").read_text()
+    assert json.loads(discarded.splitlines()[0])["update"] == 2
+    assert discarded.endswith('{"kind": "tra')
+
+
+def test_a_run_that_begins_anew_begins_its_records_anew(tmp_path: Path) -> None:
     for update in (1, 2):
         tracker = Tracker(tmp_path, "off", "shoal", {})
         tracker.write("train", update)
         tracker.close()
-    assert [record["update"] for record in lines(tmp_path)] == [1, 2]
+    assert [record["update"] for record in lines(tmp_path)] == [2]
+    assert json.loads((tmp_path / "metrics-discarded.jsonl").read_text())["update"] == 1
 
 
 @pytest.mark.slow

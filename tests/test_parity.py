@@ -327,7 +327,7 @@ def test_ctrl_c_ends_the_comparison_and_keeps_what_was_done(run_file: Path, tmp_
         running.send_signal(signal.SIGINT)
         stdout, stderr = running.communicate(timeout=120)
     assert running.returncode == 130, stderr
-    assert stderr.splitlines()[-1].startswith("shoal: stopped by Ctrl-C; ")
+    assert stderr.splitlines()[-1].startswith("shoal: stopped by Ctrl-C before the first update; ")
     assert verdicts(stdout) == {("single", "1"): "reference"}
     report = json.loads((out / "parity.json").read_text())
     assert not report["complete"] and len(report["outcomes"]) == 1

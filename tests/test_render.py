@@ -72,6 +72,8 @@ EXPECTED = """\
 # Starts the run in /runs/one by plain `accelerate launch`:
 #
 #   OMP_NUM_THREADS=2 \\
+#   PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \\
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600 \\
 #   CUDA_VISIBLE_DEVICES= \\
 #   accelerate launch --config_file /runs/one/accelerate.yaml -m launch.train /runs/one
 #

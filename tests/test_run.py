@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -148,25 +144,3 @@ def test_a_sharded_model_trains_and_is_exported_in_bf16(strategy: str, tmp_path:
     assert {weight.dtype for weight in weights} == {torch.float32}, "the export holds the master weights"
     beyond_bf16 = [weight for weight in weights if not torch.equal(weight.bfloat16().float(), weight)]
     assert len(beyond_bf16) > len(weights) / 2
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-def test_ctrl_c_ends_all_processes_with_one_line(tmp_path: Path, cache: Path) -> None:
-    out = tmp_path / "run"
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "launch", "run", "causal_lm", "parallel.devices=2", "--out", str(out)],
-        env={**os.environ, "SHOAL_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").is_file() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    launcher.send_signal(signal.SIGINT)
-    _, stderr = launcher.communicate(timeout=60)
-    assert launcher.returncode == 130
-    assert stderr.splitlines()[-1] == f"shoal: stopped by Ctrl-C; no process is left, the record is in {out}"
-    left = subprocess.run(["pgrep", "-f", f"launch.train {out}"], capture_output=True, text=True, check=False)
-    assert left.stdout == ""

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
+from launch.engine.feed import Feed
 from launch.recipe import Samples
 
 Indices = range | np.ndarray[Any, np.dtype[np.int64]]
@@ -115,31 +115,30 @@ class Order:
             yield Window(update, epoch, start + len(indices), cells)
 
 
-class _Sampler:
-    """A batch sampler: DataLoader iterates over it, in this process, to learn what to load next."""
+class Loader:
+    """Batches of samples by index; with `workers` processes, forked here, they come ahead of time."""
 
-    def __init__(self, windows: Callable[[], Iterable[Window]]) -> None:
-        self._windows = windows
+    def __init__(
+        self, samples: Samples, collate: Collate, workers: int = 0, pin_memory: bool = False, seed: int = 0
+    ) -> None:
+        self.samples = samples
+        self.feed = Feed(_Batches(samples, collate), workers, pin_memory, seed)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(micro_batch.samples) for window in self._windows() for micro_batch in window.micro_batches)
+    def load(self, windows: Callable[[], Iterable[Window]]) -> Work:
+        """Each of `windows()` with its batches."""
+        batches = self.feed(micro_batch.samples for window in windows() for micro_batch in window.micro_batches)
+        return ((window, [next(batches) for _ in window.micro_batches]) for window in windows())
 
 
-def load(
-    samples: Samples,
-    windows: Callable[[], Iterable[Window]],
-    collate: Collate,
-    workers: int,
-    pin_memory: bool,
-) -> Work:
-    """Each of `windows()` with its batches; with `workers` processes they come ahead of time."""
-    loader: DataLoader[Any] = DataLoader(
-        samples,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ serves
-        batch_sampler=_Sampler(windows),
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # else each new loader draws from the generator that dropout draws from
-    )
-    batches = iter(loader)
-    return ((window, [next(batches) for _ in window.micro_batches]) for window in windows())
+@dataclass(frozen=True)
+class _Batches:
+    """Makes a batch of samples by their indices."""
+
+    samples: Samples
+    collate: Collate
+
+    def __call__(self, indices: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        # As torch's fetcher does: `datasets` reads many rows at once much faster than one after the other.
+        if getattr(self.samples, "__getitems__", None):
+            return self.collate(self.samples.__getitems__(list(indices)))  # type: ignore[attr-defined]
+        return self.collate([self.samples[index] for index in indices])

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -187,7 +189,7 @@ class _Save:
 
     def start(self, name: str, written: list[Part], files: dict[str, bytes], *, background: bool) -> None:
         if background:
-            self._thread = threading.Thread(target=self._write, args=(name, written, files), name="checkpoint")
+            self._thread = threading.Thread(target=self._write_behind, args=(name, written, files), name="checkpoint")
             self._thread.start()
         else:
             self._write(name, written, files)
@@ -201,6 +203,11 @@ class _Save:
             self._thread.join()
         if self._unexpected is not None:  # a defect, not a disk
             raise self._unexpected
+
+    def _write_behind(self, name: str, written: list[Part], files: dict[str, bytes]) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own: hashing must not slow training down
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        self._write(name, written, files)
 
     def _write(self, name: str, written: list[Part], files: dict[str, bytes]) -> None:
         try:

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from launch.engine.agree import raise_together
 from launch.engine.sharding import full_state, tied_names, unwrapped
 from launch.engine.streams import first_samples
+from launch.errors import RunFolderError
 from launch.recipe import Prepared
 
 PROBE_COLUMNS = 64
@@ -24,17 +27,31 @@ def write_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any
     """Write weights, configuration and tokenizer to `folder`, aside first: under its name the folder is whole.
 
     Every rank must call this.
+
+    Raises:
+        RunFolderError: the disk is full, gone or broken.
     """
     state = full_state(accelerator, model)
+    problem = None
     if accelerator.is_main_process:
-        aside = folder.with_name(f"{folder.name}.writing")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        unwrapped(model).save_pretrained(aside, state_dict=state)
-        tokenizer.save_pretrained(aside)
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that ended before it was checked
-        aside.rename(folder)
-    accelerator.wait_for_everyone()
+        try:
+            _write(unwrapped(model), state, tokenizer, folder)
+        except (OSError, SafetensorError) as error:
+            problem = RunFolderError(
+                f"{folder}: cannot be written: {error}; make space and start the run again: it goes on from its newest "
+                "checkpoint"
+            )
+    raise_together(accelerator, problem)
+
+
+def _write(model: Any, state: dict[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
+    aside = folder.with_name(f"{folder.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model.save_pretrained(aside, state_dict=state)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that ended before it was checked
+    aside.rename(folder)
 
 
 def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prepared, path: Path) -> None:

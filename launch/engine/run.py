@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
 from launch.engine.agree import Requests, any_rank, from_main
-from launch.engine.batching import Order, Position, Window, Work, load
+from launch.engine.batching import Order, Position, Window, Work
 from launch.engine.blocks import checkpoint_activations, compile_blocks
 from launch.engine.checkpoint import model_files
+from launch.engine.data import Data
 from launch.engine.export import write_model, write_probe
 from launch.engine.keeping import Keeper
 from launch.engine.loop import Step, StepResult, fit
@@ -41,13 +42,14 @@ class Run:
         plan: Plan,
         folder: Path,
         prepared: Prepared,
+        data: Data,
         accelerator: Accelerator,
         display: Display,
         signal: Callable[[], int | None] = lambda: None,
     ) -> None:
         """`signal` tells the number of the signal that wants this rank to stop, if one has come."""
         config = plan.config
-        self.plan, self.folder, self.prepared = plan, folder, prepared
+        self.plan, self.folder, self.prepared, self._data = plan, folder, prepared, data
         self.accelerator, self.display = accelerator, display
         self.schedule = plan.schedule(_size(prepared.train))
         self.scores: dict[str, Score] = {}
@@ -84,13 +86,11 @@ class Run:
         """The recipe's loss, computed in the planned number format."""
         self.evaluation = Evaluation(
             accelerator,
-            prepared.validation,
-            prepared.collate,
+            data.validation,
             self.loss,
             prepared.count,
             plan.batch.eval_batch_size,
             config.eval.max_samples,
-            config.parallel.data_workers,
         )
         scale = LossScale() if config.train.precision == "fp16" else None
         self.step = Step(
@@ -235,17 +235,18 @@ class Run:
 
     def _work(self) -> Work:
         """The windows of the run that are left, with this rank's batches."""
-        train, collate, batch, total = self.prepared.train, self.prepared.collate, self.plan.batch, self.schedule.total
-        seed, workers = self.plan.config.train.seed, self.plan.config.parallel.data_workers
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        window, micro = batch.global_batch_size, batch.micro_batch_size
-        pin_memory = self.accelerator.device.type == "cuda"
-        done = self.position
-        if is_stream(train):
-            reader = Reader("training", train, window, micro, rank, world_size, collate, workers, pin_memory)
-            return reader.windows(total, done.update, done.epoch, done.consumed)
-        order = Order(len(train), window, micro, seed, rank, world_size)
-        return load(train, lambda: order.windows(done.update + 1, total), collate, workers, pin_memory)
+        batch, total, done = self.plan.batch, self.schedule.total, self.position
+        if isinstance(self._data.train, Reader):
+            return self._data.train.windows(total, done.update, done.epoch, done.consumed)
+        order = Order(
+            len(self._data.train.samples),
+            batch.global_batch_size,
+            batch.micro_batch_size,
+            self.plan.config.train.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        return self._data.train.load(lambda: order.windows(done.update + 1, total))
 
     def _requests(self) -> Requests:
         """What this rank wants, to be added up over all ranks with the counts of the next update."""

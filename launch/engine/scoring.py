@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from launch.engine.agree import any_rank
-from launch.engine.batching import Collate, Order, Work, load
+from launch.engine.batching import Loader, Order, Work
 from launch.engine.loss import Counts, count_batch, count_over_ranks, precise_dtype
-from launch.engine.streams import Reader, is_stream
-from launch.recipe import Batch, Samples, Stream
+from launch.engine.streams import Reader
+from launch.recipe import Batch
 
 ASK_EVERY = 8
 """Batches between two questions whether to break off: the answer is an exchange between ranks."""
@@ -32,20 +32,20 @@ class Evaluation:
     """How to evaluate a model on one dataset."""
 
     accelerator: Accelerator
-    samples: Samples | Stream
-    collate: Collate
+    data: Loader | Reader
+    """A Reader must give one batch of `batch_size` per rank and window."""
     loss: Callable[[torch.nn.Module, Batch], torch.Tensor]
     count: Callable[[Batch], int]
     batch_size: int
     max_samples: int | None = None
-    workers: int = 0
 
     @property
     def size(self) -> int | None:
         """Samples that are evaluated; None where only the end of a stream will tell."""
-        if is_stream(self.samples):
+        if isinstance(self.data, Reader):
             return None
-        return min(len(self.samples), self.max_samples or len(self.samples))
+        samples = len(self.data.samples)
+        return min(samples, self.max_samples or samples)
 
     def __call__(
         self,
@@ -84,14 +84,10 @@ class Evaluation:
 
     def _work(self) -> Work:
         """The samples as they lie, in windows of one batch per rank."""
-        samples, size, micro = self.samples, self.size, self.batch_size
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        window, pin_memory = micro * world_size, self.accelerator.device.type == "cuda"
-        if is_stream(samples):
-            reader = Reader(
-                "validation", samples, window, micro, rank, world_size, self.collate, self.workers, pin_memory
-            )
-            return reader.epoch(most=self.max_samples)
+        if isinstance(self.data, Reader):
+            return self.data.epoch(most=self.max_samples)
+        accelerator, size = self.accelerator, self.size
         assert size is not None, "samples by index are counted"
-        order = Order(size, window, micro, None, rank, world_size)
-        return load(samples, lambda: order.windows(1, order.per_epoch), self.collate, self.workers, pin_memory)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        order = Order(size, self.batch_size * world_size, self.batch_size, None, rank, world_size)
+        return self.data.load(lambda: order.windows(1, order.per_epoch))

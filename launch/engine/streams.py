@@ -10,15 +10,15 @@ as there are ranks and workers; workers save time where collating is the larger 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from itertools import islice, repeat
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as torch_worker
 
 from launch.engine.batching import Collate, MicroBatch, Window, Work, deal
+from launch.engine.feed import Feed
 from launch.errors import DataError, LaunchError
 from launch.recipe import Samples, Stream
 
@@ -47,20 +47,29 @@ def _set_epoch(stream: Stream, epoch: int) -> None:
         stream.set_epoch(epoch)
 
 
-@dataclass(frozen=True)
 class Reader:
-    """Reads this rank's share of a stream. Every rank must read as far as the others."""
+    """Reads this rank's share of a stream, pass after pass. Every rank must read as far as the others."""
 
-    name: str
-    """What messages call the stream: training or validation."""
-    stream: Stream
-    window_size: int
-    micro_batch_size: int
-    rank: int
-    world_size: int
-    collate: Collate
-    workers: int = 0
-    pin_memory: bool = False
+    def __init__(
+        self,
+        name: str,
+        stream: Stream,
+        window_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        collate: Collate,
+        workers: int = 0,
+        pin_memory: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self._name = name
+        """What messages call the stream: training or validation."""
+        self._window_size = window_size
+        self._stream = stream
+        cells = _Cells(stream, window_size, micro_batch_size, rank, world_size, collate)
+        self.feed = Feed(cells, workers, pin_memory, seed)
+        self._passes = 0
 
     def windows(self, updates: int, done: int = 0, epoch: int = 0, consumed: int = 0) -> Work:
         """The first `updates` windows, epoch after epoch; or those that follow on `done` of them.
@@ -68,7 +77,7 @@ class Reader:
         The last of these was in `epoch` and ended at its sample `consumed`.
         """
         while done < updates:
-            for window, batches in self.epoch(epoch, done, consumed + (updates - done) * self.window_size, consumed):
+            for window, batches in self.epoch(epoch, done, consumed + (updates - done) * self._window_size, consumed):
                 yield window, batches
                 done = window.update
             epoch, consumed = epoch + 1, 0
@@ -76,77 +85,100 @@ class Reader:
     def epoch(self, epoch: int = 0, updates_done: int = 0, most: int | None = None, skip: int = 0) -> Work:
         """The windows of one epoch, or of its first `most` samples, after `updates_done` windows.
 
-        The first `skip` samples are read and dropped: a stream knows no other way to its middle. Workers are started
-        anew for each epoch, after `set_epoch`: none of them can be told of another epoch.
+        The first `skip` samples are read and dropped: a stream knows no other way to its middle.
 
         Raises:
             DataError: there is no sample.
         """
-        _set_epoch(self.stream, epoch)
-        loader: DataLoader[Any] = DataLoader(
-            _Epoch(self, epoch, updates_done, most, skip),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=self.workers,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # see `batching.load`
-        )
-        cells, window = _unless_failed(loader), None
+        self._passes += 1
+        task = _Pass(self._passes, epoch, updates_done, most, skip)
+        cells, window = _until_end(self.feed(_tasks(self._stream, task))), None
         for window, batch in cells:
             yield window, [batch, *(next(cells)[1] for _ in window.micro_batches[1:])]
         if window is None and not skip:
             raise DataError(
-                f"the {self.name} stream gives no sample in epoch {epoch + 1}; it must hold at least one, and begin "
+                f"the {self._name} stream gives no sample in epoch {epoch + 1}; it must hold at least one, and begin "
                 "with the first each time it is read"
             )
 
 
-class _Epoch(IterableDataset[Any]):
-    """Runs where batches are made: in each worker, or in the rank itself."""
+class _Pass(NamedTuple):
+    """One reading of a stream: its first `most` samples, of which `skip` are dropped."""
 
-    def __init__(self, reader: Reader, epoch: int, updates_done: int, most: int | None, skip: int) -> None:
-        self._reader, self._epoch, self._updates_done, self._most = reader, epoch, updates_done, most
-        self._skip = skip
+    number: int
+    """Counted from 1."""
+    epoch: int
+    updates_done: int
+    most: int | None
+    skip: int
 
-    def __iter__(self) -> Iterator[Cell | LaunchError]:
+
+def _tasks(stream: Stream, task: _Pass) -> Iterator[_Pass]:
+    """The task over and over. Begun when all workers are done with the pass before."""
+    _set_epoch(stream, task.epoch)
+    yield from repeat(task)
+
+
+class _Cells:
+    """Gives one cell after the other of a pass. Runs where batches are made: in each worker, or in the rank itself."""
+
+    def __init__(
+        self, stream: Stream, window_size: int, micro_batch_size: int, rank: int, world_size: int, collate: Collate
+    ) -> None:
+        self._stream, self._window_size, self._micro_batch_size = stream, window_size, micro_batch_size
+        self._rank, self._world_size, self._collate = rank, world_size, collate
+        self._worker: tuple[int, int] | None = None
+        self._pass: _Pass | None = None
+        self._cells: Iterator[Cell | LaunchError] = iter(())
+
+    def __call__(self, task: _Pass) -> Cell | LaunchError | None:
+        """The next cell of the pass; None after the last."""
+        if task != self._pass:
+            self._pass, self._cells = task, self._read(task)
+        return next(self._cells, None)
+
+    def _read(self, task: _Pass) -> Iterator[Cell | LaunchError]:
         """Every so many-th of this rank's cells, for DataLoader asks the workers in turn.
 
         An error meant for the user is handed over, since DataLoader would wrap its message in a traceback.
         """
-        worker, workers = _hide_worker()
-        cells = ((window, samples) for window, shares in self._windows() for samples in shares)
+        self._worker = self._worker or _hide_worker()
+        worker, workers = self._worker
+        if workers:  # which has a copy; those of `datasets` share their epoch, which the rank has set already: two
+            _set_epoch(self._stream, task.epoch)  # workers at once could set it wrongly (`IterableDataset.set_epoch`)
+        cells = ((window, samples) for window, shares in self._windows(task) for samples in shares)
         try:
-            for window, samples in islice(cells, worker, None, workers):
-                yield window, self._reader.collate(samples)
+            for window, samples in islice(cells, worker, None, workers or 1):
+                yield window, self._collate(samples)
         except LaunchError as error:
             yield error
 
-    def _windows(self) -> Iterator[tuple[Window, list[list[Any]]]]:
+    def _windows(self, task: _Pass) -> Iterator[tuple[Window, list[list[Any]]]]:
         """Each window with the samples of this rank's cells."""
-        samples = islice(self._reader.stream, self._skip, self._most)
-        update, consumed = self._updates_done, self._skip
+        samples = islice(self._stream, task.skip, task.most)
+        update, consumed = task.updates_done, task.skip
         while rows := list(self._rows(samples, consumed)):
             cells, shares, ends = zip(*rows, strict=True)
             update, consumed = update + 1, ends[-1]
-            yield Window(update, self._epoch, consumed, cells), list(shares)
+            yield Window(update, task.epoch, consumed, cells), list(shares)
 
     def _rows(self, samples: Iterator[Any], start: int) -> Iterator[tuple[MicroBatch, list[Any], int]]:
         """Of the window that begins at `start`: each cell of this rank, its samples, and where its row ends.
 
         A row has one cell per rank; no more than one is held whole.
         """
-        reader, end = self._reader, start
-        while wanted := min(reader.micro_batch_size * reader.world_size, start + reader.window_size - end):
+        end = start
+        while wanted := min(self._micro_batch_size * self._world_size, start + self._window_size - end):
             row = list(islice(samples, wanted))
             if not row:
                 return
             begin, end = end, end + len(row)
-            (cell,) = deal(range(begin, end), reader.micro_batch_size, reader.rank, reader.world_size)
+            (cell,) = deal(range(begin, end), self._micro_batch_size, self._rank, self._world_size)
             yield cell, [row[index - begin] for index in cell.samples], end
 
 
 def _hide_worker() -> tuple[int, int]:
-    """Number of this worker process and how many there are; from now on a stream cannot see that it is in one.
+    """Number of this worker process and how many there are, 0 in the rank; from now on a stream cannot see either.
 
     Streams such as those of `datasets` share themselves out over the workers that torch tells of, but each of ours
     needs the whole. To tell them of a single worker would not do: `datasets` then shuffles in another order than
@@ -154,20 +186,17 @@ def _hide_worker() -> tuple[int, int]:
     """
     information = get_worker_info()
     if information is None:
-        return 0, 1
+        return 0, 0
     torch_worker._worker_info = None
     if get_worker_info() is not None:
         raise RuntimeError(f"torch {torch.__version__} cannot hide its workers; use parallel.data_workers=0")
     return information.id, information.num_workers
 
 
-def _as_it_is(cell: Any) -> Any:
-    """What DataLoader does with a cell, instead of making tensors of its numbers."""
-    return cell
-
-
-def _unless_failed(loader: DataLoader[Any]) -> Iterator[Cell]:
-    for cell in loader:
+def _until_end(cells: Iterator[Cell | LaunchError | None]) -> Iterator[Cell]:
+    for cell in cells:
+        if cell is None:
+            return
         if isinstance(cell, LaunchError):
             raise cell
         yield cell

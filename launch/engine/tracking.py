@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -14,7 +15,10 @@ from launch.errors import ConfigError
 
 
 class Tracker:
-    """Writes records, one JSON object a line, flushed at once: a killed run keeps every line it wrote."""
+    """Writes records, one JSON object a line, at once: a killed run keeps every line it wrote.
+
+    A full disk does not end a run: lines wait in memory until they can be written.
+    """
 
     def __init__(
         self,
@@ -26,36 +30,49 @@ class Tracker:
     ) -> None:
         """`resumed` is the `state` of an earlier attempt: what it wrote after that is put aside."""
         self._path = folder / "metrics.jsonl"
-        self._file = self._path.open("a", encoding="utf-8")
+        self._forget_after(resumed.get("bytes", 0))
+        self._file = self._path.open("ab", buffering=0)
+        self._waiting = b""
+        self._size = self._path.stat().st_size
         identity = resumed.get("wandb")
         self._wandb = None if wandb_mode == "off" else _start_wandb(folder, wandb_mode, project, config, identity)
-        self._forget_after(resumed.get("bytes", 0))
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same records."""
-        return {"bytes": self._file.tell(), "wandb": None if self._wandb is None else self._wandb.id}
+        return {"bytes": self._size, "wandb": None if self._wandb is None else self._wandb.id}
 
     def _forget_after(self, size: int) -> None:
         """Move the records of updates that will be made again to metrics-discarded.jsonl."""
-        records = self._path.read_bytes()
+        records = self._path.read_bytes() if self._path.exists() else b""
         if len(records) <= size:
             return
         with self._path.with_name("metrics-discarded.jsonl").open("ab") as discarded:
             discarded.write(records[size:])
         os.truncate(self._path, size)
-        self._file.seek(0, os.SEEK_END)
 
     def write(self, kind: str, update: int, **values: Any) -> None:
         """Record `values` of one update; `kind` is train, eval, save, save_failed, resume or export."""
         record = {"kind": kind, "update": update, **values, "time": round(time.time(), 3)}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = (json.dumps(record) + "\n").encode()
+        self._waiting += line
+        self._size += len(line)
+        with contextlib.suppress(OSError):  # the disk is full: with the next record, or at the end
+            self._write_waiting()
         if self._wandb is not None:
             numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
             self._wandb.log({f"{kind}/{name}": value for name, value in numbers.items()} | {"update": update})
 
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
     def close(self) -> None:
-        """Finish what is open."""
+        """Finish what is open.
+
+        Raises:
+            OSError: lines that could not be written before still cannot.
+        """
+        self._write_waiting()
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
