@@ -165,7 +165,7 @@ def test_both_runs_are_saved_often_enough_and_unseen_by_others(run_file: Path, t
     ("arguments", "code", "message"),
     [
         (["train.max_step=1"], 2, "command line: train.max_step = 1: unknown key; did you mean train.max_steps?"),
-        (["--out", "."], 5, "holds no run to go on with; nothing is ever overwritten: choose another --out"),
+        (["--out", "."], 5, "is not empty, and a run is never overwritten; choose another --out"),
     ],
 )
 def test_a_mistake_is_told_before_anything_starts(

@@ -53,14 +53,16 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         said[command] = done.stdout
     by_verb = {" ".join(command.split()[:2]): output for command, output in said.items()}
-    assert len(said) == 9 and set(by_verb) == {
+    assert len(said) == 11 and set(by_verb) == {
         *("shoal plan", "shoal prepare", "shoal run", "shoal parity", "shoal generate", "shoal recipes"),
-        "accelerate launch",
+        *("shoal checkpoints", "shoal export", "accelerate launch"),
     }
     assert by_verb["shoal parity"].count(" same ") == 2
     assert "training samples: " in by_verb["shoal prepare"]
     assert "micro-batch 8 × accumulation 1 × 2 processes" in by_verb["shoal plan"]
     assert by_verb["shoal generate"].startswith("The value of")
+    assert re.findall(r"step-0000[12]0 .* good", by_verb["shoal checkpoints"])
+    assert "tensors load as stored" in by_verb["shoal export"] and (tmp_path / "runs/model/config.json").is_file()
     assert "recipe_args.block_size" in by_verb["shoal recipes"]
     assert "run folder: " in by_verb["accelerate launch"]
     first, second = (
