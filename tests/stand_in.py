@@ -4,7 +4,7 @@ python -m tests.stand_in FOLDER RANKS MAX_RESTARTS     the launcher
 python -m tests.stand_in FOLDER                        a worker
 
 SAVE_SECONDS            how long a save takes
-DYING_AFTER=N           rank 0 saves every update, and the last rank kills itself N updates after it has started
+DYING_AFTER=N           rank 0 saves every update; the last rank kills itself after N, and not before there is a new one
 CHILD=1                 each worker has a child that ignores all signals, as data workers do
 """
 
@@ -71,7 +71,8 @@ def work(folder: Path) -> None:
             if rank == 0:
                 save(folder, update)
             if update - start == dying_after and rank == ranks - 1:
-                time.sleep(0.3)
+                while rank and ((newest := newest_complete(folder)) is None or update_of(newest) <= start):
+                    time.sleep(0.1)  # rank 0 has not begun yet
                 os.kill(os.getpid(), signal.SIGKILL)
         if stop.number is not None:
             write_json(asked, stop.number)
