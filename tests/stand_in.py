@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from launch import local
 from launch.checkpoints import aside_folder, newest_complete, publish, update_of, write_file
 from launch.config import load
@@ -66,7 +68,7 @@ def work(folder: Path) -> None:
     while not asked.exists():
         time.sleep(0.1)
         update += 1
-        (folder / f"working-{rank}").touch()
+        write_json(folder / f"working-{rank}", os.getpid())
         if dying_after:
             if rank == 0:
                 save(folder, update)
@@ -77,6 +79,10 @@ def work(folder: Path) -> None:
         if stop.number is not None:
             write_json(asked, stop.number)
     if rank == 0:
+        others = [read_json(folder / f"working-{other}") for other in range(ranks)]
+        if not all(psutil.pid_exists(process) for process in others):
+            asked.unlink()
+            sys.exit("a save needs all ranks: as in a collective, one that has died ends the others")
         checkpoint = save(folder, update)
         write_stopped(folder, read_json(asked), update, checkpoint)
     while not (folder / STOPPED).exists():
