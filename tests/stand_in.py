@@ -4,7 +4,7 @@ python -m tests.stand_in FOLDER RANKS MAX_RESTARTS     the launcher
 python -m tests.stand_in FOLDER                        a worker
 
 SAVE_SECONDS            how long a save takes
-DYING_AFTER=N           rank 0 saves every update, and the last rank kills itself N updates after it has started
+DYING_AFTER=N           rank 0 saves every update; the last rank kills itself after N, and not before there is a new one
 CHILD=1                 each worker has a child that ignores all signals, as data workers do
 """
 
@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 from launch import local
 from launch.checkpoints import aside_folder, newest_complete, publish, update_of, write_file
@@ -66,16 +68,21 @@ def work(folder: Path) -> None:
     while not asked.exists():
         time.sleep(0.1)
         update += 1
-        (folder / f"working-{rank}").touch()
+        write_json(folder / f"working-{rank}", os.getpid())
         if dying_after:
             if rank == 0:
                 save(folder, update)
             if update - start == dying_after and rank == ranks - 1:
-                time.sleep(0.3)
+                while rank and ((newest := newest_complete(folder)) is None or update_of(newest) <= start):
+                    time.sleep(0.1)  # rank 0 has not begun yet
                 os.kill(os.getpid(), signal.SIGKILL)
         if stop.number is not None:
             write_json(asked, stop.number)
     if rank == 0:
+        others = [read_json(folder / f"working-{other}") for other in range(ranks)]
+        if not all(psutil.pid_exists(process) for process in others):
+            asked.unlink()
+            sys.exit("a save needs all ranks: as in a collective, one that has died ends the others")
         checkpoint = save(folder, update)
         write_stopped(folder, read_json(asked), update, checkpoint)
     while not (folder / STOPPED).exists():
