@@ -26,7 +26,7 @@ from launch.errors import LaunchError
 from launch.plan import make_plan
 from launch.recipe import Preview
 from launch.record import create_run_folder, held, read_json, write_json
-from launch.stop import STOPPED, StopRequest, ignore_in_data_worker, write_stopped
+from launch.stop import STOPPED, StopRequest, ignore_signals, write_stopped
 from launch.topology import Machine, World
 
 
@@ -61,7 +61,7 @@ def work(folder: Path) -> None:
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dying_after = int(os.environ.get("DYING_AFTER", "0"))
     if "CHILD" in os.environ:
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], preexec_fn=ignore_in_data_worker)
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], preexec_fn=ignore_signals)
     checkpoint = newest_complete(folder)
     start = update = update_of(checkpoint) if checkpoint else 0
     asked = folder / "asked"
