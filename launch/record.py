@@ -26,7 +26,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,7 @@ from launch.render import accelerate_yaml
 from launch.resume import changes
 from launch.secret import argument_without_secrets
 from launch.topology import recorded_environment
-
-RECORDED_PACKAGES = (
-    *("shoal", "torch", "accelerate", "transformers", "datasets", "tokenizers", "safetensors", "numpy"),
-    *("deepspeed", "wandb"),
-)
+from launch.versions import versions
 
 
 def create_run_folder(plan: Plan) -> Path:
@@ -247,17 +242,6 @@ def surroundings() -> dict[str, Any]:
         "git": _git_commit(code_root()),
         "environment": recorded_environment(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that decide what a run computes."""
-    found = {}
-    for package in RECORDED_PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _git_commit(folder: Path) -> dict[str, Any] | None:

@@ -60,8 +60,8 @@ def receivable() -> list[signal.Signals]:
     return [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
 
 
-def ignore_in_data_worker(worker: int = 0) -> None:  # noqa: ARG001
-    """Ignore the signals: data workers are needed until the last update is done, and end with their rank."""
+def ignore_signals(worker: int = 0) -> None:  # noqa: ARG001
+    """In a child that its rank needs until its work is done, a data worker or the export check: ignore the signals."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

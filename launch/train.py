@@ -46,7 +46,7 @@ from launch.record import (
     write_json,
 )
 from launch.registry import Recipe, recipe_of
-from launch.stop import STOPPED, StopRequest, StopSignal, exit_code, spoken, write_stopped
+from launch.stop import STOPPED, StopRequest, StopSignal, exit_code, ignore_signals, spoken, write_stopped
 from launch.topology import World, is_supervised, read_world, worker_environment
 
 if TYPE_CHECKING:
@@ -72,13 +72,16 @@ def main() -> None:
         if stop.honoured:
             _leave_stopped(world, stop)
     except LaunchError as error:
+        stop.immediate = False  # how it ended is decided
         _report_failure(world, start, str(error), error.exit_code)
         _end(world, error.exit_code)
     except (StopSignal, KeyboardInterrupt) as stopped:  # the latter where a library has taken SIGINT over
+        stop.immediate = False
         number = stopped.number if isinstance(stopped, StopSignal) else int(signal.SIGINT)
         _report_stop(world, start, number)
         _end(world, exit_code(number))
     except Exception as error:
+        stop.immediate = False
         _report_failure(world, start, f"{type(error).__name__}: {error}", 1, traceback.format_exc())
         traceback.print_exc()
         _end(world, 1)
@@ -392,7 +395,9 @@ def _check_export(run: Run) -> dict[str, Any]:
     command = [sys.executable, "-m", "launch.engine.exported", "check", str(export), str(probe)]
     command += [run.accelerator.device.type, run.prepared.sample_prompt or ""]
     environment = worker_environment(python_environment())
-    checked = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, preexec_fn=ignore_signals
+    )
     if checked.returncode:
         raise ExportError(f"{export}: does not load again:\n{checked.stderr.strip()}")
     answer: dict[str, Any] = json.loads(checked.stdout.splitlines()[-1])

@@ -4,7 +4,7 @@ python -m tests.stand_in FOLDER RANKS MAX_RESTARTS     the launcher
 python -m tests.stand_in FOLDER                        a worker
 
 SAVE_SECONDS            how long a save takes
-DYING_AFTER=N           rank 0 saves every update, and the last rank kills itself N updates after it has started
+DYING_AFTER=N           rank 0 saves every update; the last rank kills itself after N, and not before there is a new one
 CHILD=1                 each worker has a child that ignores all signals, as data workers do
 """
 
@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from launch import local
 from launch.checkpoints import aside_folder, newest_complete, publish, update_of, write_file
 from launch.config import load
@@ -24,7 +26,7 @@ from launch.errors import LaunchError
 from launch.plan import make_plan
 from launch.recipe import Preview
 from launch.record import create_run_folder, held, read_json, write_json
-from launch.stop import STOPPED, StopRequest, ignore_in_data_worker, write_stopped
+from launch.stop import STOPPED, StopRequest, ignore_signals, write_stopped
 from launch.topology import Machine, World
 
 
@@ -59,23 +61,28 @@ def work(folder: Path) -> None:
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dying_after = int(os.environ.get("DYING_AFTER", "0"))
     if "CHILD" in os.environ:
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], preexec_fn=ignore_in_data_worker)
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], preexec_fn=ignore_signals)
     checkpoint = newest_complete(folder)
     start = update = update_of(checkpoint) if checkpoint else 0
     asked = folder / "asked"
     while not asked.exists():
         time.sleep(0.1)
         update += 1
-        (folder / f"working-{rank}").touch()
+        write_json(folder / f"working-{rank}", os.getpid())
         if dying_after:
             if rank == 0:
                 save(folder, update)
             if update - start == dying_after and rank == ranks - 1:
-                time.sleep(0.3)
+                while rank and ((newest := newest_complete(folder)) is None or update_of(newest) <= start):
+                    time.sleep(0.1)  # rank 0 has not begun yet
                 os.kill(os.getpid(), signal.SIGKILL)
         if stop.number is not None:
             write_json(asked, stop.number)
     if rank == 0:
+        others = [read_json(folder / f"working-{other}") for other in range(ranks)]
+        if not all(psutil.pid_exists(process) for process in others):
+            asked.unlink()
+            sys.exit("a save needs all ranks: as in a collective, one that has died ends the others")
         checkpoint = save(folder, update)
         write_stopped(folder, read_json(asked), update, checkpoint)
     while not (folder / STOPPED).exists():

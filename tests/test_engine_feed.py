@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from typing import Any
 
 import psutil
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from launch.engine.feed import Feed
+from tests.commands import ROOT
 from tests.gloo import run_ranks
 
 
@@ -82,3 +85,12 @@ def too_late() -> list[Any]:
 def test_no_worker_is_forked_beside_the_threads_of_a_process_group() -> None:
     expected = [1, "data workers must be started before the process group"]
     assert run_ranks(2, too_late) == [expected, expected]
+
+
+def test_a_process_that_forgets_its_workers_ends_all_the_same() -> None:
+    """They ignore the SIGTERM by which Python ends children that are left over."""
+    script = "from launch.engine.feed import Feed; feed = Feed(str, 2); print(*feed(range(3)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "0 1 2\n"

@@ -142,8 +142,8 @@ def test_ranks_save_and_leave(
 
 @pytest.mark.slow
 def test_a_signal_that_comes_many_times_changes_nothing(counting: Callable[..., Launcher], tmp_path: Path) -> None:
-    launcher = counting(2, SAVE_SECONDS="6", CHILD="1")
-    for _ in range(4):  # each time torchrun gives up something; at the fourth it has left the ranks alone
+    launcher = counting(2, SAVE_SECONDS="16")
+    for _ in range(4):  # at the third torchrun leaves the ranks alone, and they need longer than the grace
         launcher.signal(signal.SIGTERM, "all processes")
         time.sleep(1)
     assert launcher.end(60) == 75, launcher.said()
@@ -161,11 +161,20 @@ def test_a_save_may_take_longer_than_torchrun_waits_by_itself(
 
 
 @pytest.mark.slow
+def test_a_ctrl_c_that_is_delivered_twice_is_one(counting: Callable[..., Launcher], tmp_path: Path) -> None:
+    launcher = counting(1, SAVE_SECONDS="13")
+    launcher.signal(signal.SIGINT)
+    time.sleep(0.2)
+    launcher.signal(signal.SIGINT)
+    assert launcher.end(30) == 130
+    assert_saved(launcher, tmp_path, signal.SIGINT)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_second_ctrl_c_ends_all_without_saving(ranks: int, counting: Callable[..., Launcher], tmp_path: Path) -> None:
     launcher = counting(ranks, SAVE_SECONDS="300", CHILD="1")
     launcher.signal(signal.SIGINT)
-    launcher.signal(signal.SIGINT)  # the same one, delivered twice
     time.sleep(2)
     assert launcher.process.poll() is None, "it waits for the save"
     launcher.signal(signal.SIGINT)
@@ -239,12 +248,13 @@ def test_restarts_end_where_there_is_no_progress(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_ends_the_wait_for_a_restart(counting: Callable[..., Launcher]) -> None:
+def test_a_signal_ends_the_wait_for_a_restart(counting: Callable[..., Launcher], tmp_path: Path) -> None:
     launcher = counting(1, 9, DYING_AFTER="1")
     launcher.until(lambda: "; restart 1 of 9" in launcher.said())
     launcher.signal(signal.SIGUSR1)
     assert launcher.end(10) == 75, launcher.said()
     assert "go on from update " in launcher.said().splitlines()[-1]
+    assert not (tmp_path / "run/attempts").exists(), "nothing was started again"
 
 
 @pytest.mark.dist

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.errors import EXIT_CODES
-from launch.stop import SIGNALS, STOPPED, StopRequest, StopSignal, exit_code, ignore_in_data_worker, write_stopped
+from launch.stop import SIGNALS, STOPPED, StopRequest, StopSignal, exit_code, ignore_signals, write_stopped
 from tests.commands import ROOT
 
 
@@ -86,7 +86,7 @@ with context.Pool(2) as pool:
 
 def test_a_data_worker_outlives_all_of_them() -> None:
     program = """
-child = multiprocessing.get_context("fork").Process(target=lambda: (ignore_in_data_worker(0), time.sleep(1)))
+child = multiprocessing.get_context("fork").Process(target=lambda: (ignore_signals(0), time.sleep(1)))
 child.start()
 time.sleep(0.5)
 for number in SIGNALS:
@@ -134,7 +134,7 @@ def test_the_signals_are_received_where_they_were_installed() -> None:
         with pytest.raises(StopSignal) as raised:
             signal.raise_signal(signal.SIGUSR1)
         assert raised.value.number == signal.SIGUSR1
-        ignore_in_data_worker()
+        ignore_signals()
         assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
     finally:
         for number, handler in before.items():

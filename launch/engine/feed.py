@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
-from launch.stop import ignore_in_data_worker
+from launch.stop import ignore_signals
 
 
 class Feed:
@@ -37,14 +38,17 @@ class Feed:
                 collate_fn=_as_it_is,
                 num_workers=workers,
                 persistent_workers=True,
-                worker_init_fn=ignore_in_data_worker,
+                worker_init_fn=ignore_signals,
                 generator=torch.Generator().manual_seed(seed),  # leaves the rank's own random numbers alone
                 multiprocessing_context="fork" if sys.platform == "linux" else None,  # Python 3.14 would pickle
             )
             iterator: Any = iter(self._loader)  # starts them; there is no task yet
             # Not left to its __del__: of an iterator in a cycle the queues are gone first, and each worker that does
-            # not hear of the end costs 5 s.
-            self._end = weakref.finalize(self, iterator._shutdown_workers)
+            # not hear of the end costs 5 s. When Python ends, this must come before it closes queues (priority 10) and
+            # waits for its children, which ignore the SIGTERM that it sends them; and in a process that is not a child
+            # itself, before torch's own handler, after which workers are left alone.
+            self._end = Finalize(self, iterator._shutdown_workers, exitpriority=100)
+            atexit.register(self._end)
 
     def __call__(self, tasks: Iterable[Any]) -> Iterator[Any]:
         """What `make` gives for each task. Ends the pass before, whether or not all of it was taken."""
@@ -61,10 +65,11 @@ class Feed:
         return pinned(made) if self._pin_memory else made  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        """End the workers: Python would wait for them when it ends, for they ignore the SIGTERM it sends them."""
+        """End the workers."""
         if self._loader is not None:
             self._loader = None
             self._end()
+            atexit.unregister(self._end)
 
 
 class _Tasks:

@@ -31,8 +31,8 @@ from launch.engine.streams import is_stream
 from launch.engine.tracking import Tracker
 from launch.errors import ConfigError, DataError, LaunchError, RunFolderError
 from launch.recipe import Prepared
-from launch.record import versions
 from launch.resume import changes
+from launch.versions import versions
 
 State = Callable[[], dict[str, Any]]
 
