@@ -192,7 +192,7 @@ def model_folder(run: Path) -> Path:
         RunFolderError: there is no model.
     """
     for folder in (run / "export", run):
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return folder
     state = "this run has exported no model (yet)" if (run / "plan.json").is_file() else "no such run or model folder"
     raise RunFolderError(f"{run}: {state}; give a finished run folder, as printed by `shoal run`")

@@ -401,6 +401,12 @@ def _check_export(run: Run) -> dict[str, Any]:
     if checked.returncode:
         raise ExportError(f"{export}: does not load again:\n{checked.stderr.strip()}")
     answer: dict[str, Any] = json.loads(checked.stdout.splitlines()[-1])
+    if unlike := answer.pop("unlike"):
+        shown = ", ".join(unlike[:3]) + (f" and {len(unlike) - 3} more" if len(unlike) > 3 else "")
+        raise ExportError(
+            f"{export}: weights of the trained model are missing in it, or are others: {shown}; both are kept for "
+            f"inspection, see {probe.name}"
+        )
     if untied := answer.pop("untied"):
         raise ExportError(f"{export}: weights tied in the trained model no longer are: {', '.join(untied)}")
     # `not <=`: a difference that is not a number is a failure too.

@@ -6,7 +6,7 @@ from importlib import metadata
 
 RECORDED_PACKAGES = (
     *("shoal", "torch", "accelerate", "transformers", "datasets", "tokenizers", "safetensors", "numpy"),
-    *("deepspeed", "wandb"),
+    *("deepspeed", "peft", "wandb"),
 )
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from launch.assets import code_root
 from launch.engine.export import write_model, write_probe
-from launch.engine.exported import TOLERANCE, difference, load_exported, untied
+from launch.engine.exported import TOLERANCE, difference, load_exported, unlike, untied
 from launch.recipe import Prepared
 from recipes.causal_lm import collate, count, loss
 from tests import tiny
@@ -36,8 +36,8 @@ def exported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path,
     model = accelerator.prepare(request.param())
     samples: Any = tiny.sequences(4)
     prepared = Prepared(lambda: model, tokenizer(), samples, samples, collate, loss, count)
-    write_model(accelerator, model, prepared.tokenizer, tmp_path / "export")
-    write_probe(accelerator, model, prepared, tmp_path / "probe.safetensors")
+    sums = write_model(accelerator, model, prepared.tokenizer, tmp_path / "export")
+    write_probe(accelerator, model, prepared, sums, tmp_path / "probe.safetensors")
     return model, tmp_path / "export", tmp_path / "probe.safetensors"
 
 
@@ -46,6 +46,7 @@ def test_a_written_model_comes_back_the_same(exported: tuple[Any, Path, Path]) -
     assert not folder.with_name("export.writing").exists()
     loaded, loaded_tokenizer = load_exported(folder)
     assert difference(loaded, probe, "cpu") <= TOLERANCE
+    assert unlike(loaded, probe) == []
     live_state, state = live.state_dict(), loaded.state_dict()
     assert set(state) == set(live_state)
     assert all(torch.equal(state[name], live_state[name]) for name in state)
@@ -65,9 +66,12 @@ def test_one_changed_weight_is_noticed(exported: tuple[Any, Path, Path], which: 
     path = folder / "model.safetensors"
     state = load_file(path)
     names = [name for name in sorted(state) if state[name].dim() == 2 and "wpe" not in name]
-    state[names[0 if which == "first" else -1]][1, 0] += 0.1
+    name = names[0 if which == "first" else -1]
+    state[name][1, 0] += 0.1
     save_file(state, path, metadata={"format": "pt"})
-    assert difference(load_exported(folder)[0], probe, "cpu") > TOLERANCE
+    loaded, _ = load_exported(folder)
+    assert difference(loaded, probe, "cpu") > TOLERANCE
+    assert unlike(loaded, probe) == [name]
 
 
 def test_missing_weights_are_noticed(exported: tuple[Any, Path, Path]) -> None:

@@ -124,6 +124,22 @@ def test_a_model_that_does_not_come_back_from_its_export_is_no_success(
     assert (out / "probe.safetensors").is_file()
 
 
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_an_export_without_weights_is_no_success(strategy: str, tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    own = str(Path(__file__).with_name("own_recipe.py"))
+    (tmp_path / "run.yaml").write_text(f"recipe: {own}\ntrain: {{max_steps: 2, global_batch_size: 8}}\n")
+    run = command(
+        cache, "run", str(tmp_path / "run.yaml"), "recipe_args.saves_nothing=true", *spread(strategy), "--out", str(out)
+    )
+    assert run.returncode == 7, run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith(f"shoal: {out}/export: weights of the trained model are missing in it, or are others: ")
+    assert not (out / "result.json").exists()
+
+
 def spread(strategy: str) -> list[str]:
     return [f"parallel.strategy={strategy}", f"parallel.devices={1 if strategy == 'single' else 2}"]
 

@@ -51,6 +51,8 @@ def model_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if hasattr(model, "get_base_model"):  # with adapters of PEFT around it
+            model = model.get_base_model()
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None:

@@ -23,17 +23,24 @@ PROBE_COLUMNS = 64
 """Length to which the probe's sequences are cut: enough to notice any wrong weight."""
 
 
-def write_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
+Sums = dict[str, tuple[list[int], float]]
+"""Of each weight its shape and the sum of its absolute values, by which a copy is told from the original."""
+
+
+def write_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, folder: Path) -> Sums:
     """Write weights, configuration and tokenizer to `folder`, aside first: under its name the folder is whole.
 
-    Every rank must call this.
+    Of a model with adapters (PEFT) these alone are written. Returns, on rank 0, what `write_probe` keeps of the live
+    weights. Every rank must call this.
 
     Raises:
         RunFolderError: the disk is full, gone or broken.
     """
     state = full_state(accelerator, model)
     problem = None
+    sums: Sums = {}
     if accelerator.is_main_process:
+        sums = {name: sum_of(state[name]) for name, _ in unwrapped(model).named_parameters()}
         try:
             _write(unwrapped(model), state, tokenizer, folder)
         except (OSError, SafetensorError) as error:
@@ -42,6 +49,12 @@ def write_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any
                 "checkpoint"
             )
     raise_together(accelerator, problem)
+    return sums
+
+
+def sum_of(weight: torch.Tensor) -> tuple[list[int], float]:
+    """Shape, and sum of absolute values in float64."""
+    return list(weight.shape), float(weight.detach().cpu().double().abs().sum())
 
 
 def _write(model: Any, state: dict[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
@@ -54,11 +67,11 @@ def _write(model: Any, state: dict[str, torch.Tensor], tokenizer: Any, folder: P
     aside.rename(folder)
 
 
-def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prepared, path: Path) -> None:
+def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prepared, sums: Sums, path: Path) -> None:
     """Write one short validation sample and the logits of the live model, to compare the reloaded model with.
 
-    With it go the names of tied weights. Every rank must call this: with sharded weights a forward pass is a
-    collective.
+    With it go the sums of its weights and the names of tied ones. Every rank must call this: with sharded weights a
+    forward pass is a collective.
     """
     live = model if accelerator.distributed_type == DistributedType.DEEPSPEED else unwrapped(model)
     live.eval()
@@ -71,5 +84,5 @@ def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prep
     with torch.no_grad():
         logits = live(**send_to_device(inputs, accelerator.device)).logits
     if accelerator.is_main_process:
-        tied = json.dumps(tied_names(unwrapped(model)))
-        save_file({**inputs, "logits": logits.float().cpu().contiguous()}, path, metadata={"tied": tied})
+        told = {"tied": json.dumps(tied_names(unwrapped(model))), "sums": json.dumps(sums)}
+        save_file({**inputs, "logits": logits.float().cpu().contiguous()}, path, metadata=told)

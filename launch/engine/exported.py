@@ -16,6 +16,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from launch.engine.export import sum_of
+
 TOLERANCE = 1e-5
 """Largest difference of a logit, relative to the largest logit (at least 1)."""
 
@@ -26,10 +28,19 @@ SAMPLE_TOKENS = 40
 
 
 def load_exported(folder: Path) -> tuple[Any, Any]:
-    """Model (of the class its config names) and tokenizer."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    """Model (of the class its config names, with adapters where these were exported) and tokenizer."""
+    adapters = folder / "adapter_config.json"
+    if not adapters.is_file():
+        return _model_in(str(folder)).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    from peft import PeftModel
+
+    base = _model_in(json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    return PeftModel.from_pretrained(base, folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def _model_in(name_or_folder: str) -> Any:
+    config = transformers.AutoConfig.from_pretrained(name_or_folder)
+    return getattr(transformers, config.architectures[0]).from_pretrained(name_or_folder, dtype=torch.float32)
 
 
 def difference(model: Any, probe: Path, device: str) -> float:
@@ -41,6 +52,22 @@ def difference(model: Any, probe: Path, device: str) -> float:
     if got.shape != expected.shape:
         return float("inf")
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+
+
+def unlike(model: Any, probe: Path) -> list[str]:
+    """Names of weights of the live model that the reloaded one lacks, or has in another shape or with other values.
+
+    Logits alone do not tell: adapters that are empty, or all zero, change little after a short training.
+    """
+    with safe_open(probe, "pt") as file:
+        sums = json.loads((file.metadata() or {}).get("sums", "{}"))
+    found = dict(model.named_parameters(remove_duplicate=False))
+    wrong = []
+    for name, (shape, total) in sums.items():
+        shape_now, total_now = sum_of(found[name]) if name in found else (None, 0.0)
+        if shape_now != shape or abs(total_now - total) > 1e-6 * max(total, 1e-6):
+            wrong.append(name)
+    return wrong
 
 
 def untied(model: Any, probe: Path) -> list[str]:
@@ -74,7 +101,7 @@ def main(arguments: list[str]) -> None:
     model, tokenizer = load_exported(folder)
     if verb == "check":
         probe, device, prompt = arguments[2:]
-        answer: dict[str, Any] = {"untied": untied(model, Path(probe))}
+        answer: dict[str, Any] = {"unlike": unlike(model, Path(probe)), "untied": untied(model, Path(probe))}
         answer["difference"] = difference(model, Path(probe), device)
         if prompt:
             answer["sample"] = continue_text(model, tokenizer, prompt, SAMPLE_TOKENS, 0.7, 0)

@@ -142,8 +142,8 @@ class Run:
             else:
                 self.scores["after"] = score
         if self.stopped is None and config.save.export:
-            write_model(self.accelerator, self.model, prepared.tokenizer, self.folder / "export")
-            write_probe(self.accelerator, self.model, prepared, self.folder / "probe.safetensors")
+            sums = write_model(self.accelerator, self.model, prepared.tokenizer, self.folder / "export")
+            write_probe(self.accelerator, self.model, prepared, sums, self.folder / "probe.safetensors")
 
     # --- beginning and resuming ------------------------------------------------------------------------------
 

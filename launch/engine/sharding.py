@@ -348,10 +348,16 @@ def full_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, to
 
 
 def _deepspeed_state(bare: torch.nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
     state = dict(bare.state_dict()) if keep else {}
     for name, parameter in bare.named_parameters():
+        if not parameter.requires_grad:
+            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                if keep:
+                    state[name] = parameter.detach().cpu().clone()
+            continue
         weights = safe_get_full_fp32_param(parameter)  # the master copy, of which `parameter` may be a bf16 image
         if keep:
             state[name] = weights.detach().cpu()
