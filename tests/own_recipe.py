@@ -21,8 +21,8 @@ class Args(RecipeArgs):
     """Size of the hidden layer."""
     hooked: bool = False
     """Whether the model does something that is not in its weights, so that no export of it can be right."""
-    saves_nothing: bool = False
-    """Whether the model writes files without a weight when it is saved."""
+    saves_one_weight: bool = False
+    """Whether only one weight of the model is written when it is saved."""
     greedy_rank: int | None = None
     """A rank that asks for more memory than there is."""
     greedy_from: int = 1
@@ -80,8 +80,11 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
         sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": args.width, "n_layer": 1, "n_head": 1}
         dropout = {f"{where}_pdrop": args.dropout for where in ("resid", "embd", "attn")}
         model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout))
-        if args.saves_nothing:
-            model.save_pretrained = lambda folder, state_dict: type(model).save_pretrained(model, folder, state_dict={})
+        if args.saves_one_weight:
+            one = "transformer.ln_f.weight"
+            model.save_pretrained = lambda folder, state_dict: type(model).save_pretrained(
+                model, folder, state_dict={one: state_dict[one]}
+            )
         if args.hooked:
             model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.01)
         return model

@@ -75,11 +75,18 @@ def test_one_process_two_processes_and_accelerate_launch_agree(tmp_path: Path, c
     assert said.returncode == 0, said.stderr
     assert said.stdout.startswith("The value")
 
-    again = command(cache, "run", "causal_lm", "--out", str(one))
-    assert again.returncode == 5
-    assert again.stderr == f"shoal: {one}: is not empty, and a run is never overwritten; choose another --out\n"
+    again = command(cache, "run", "causal_lm", *SHORT, "--out", str(one))
+    assert (again.returncode, again.stdout) == (0, result["summary"] + "\n")
+    assert again.stderr == f"shoal: {one}: this run is finished already\n"
+    other = command(cache, "run", "causal_lm", *SHORT, "train.seed=1", "--out", str(one))
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "; set them back, or begin a new run with another --out" in other.stderr
+    assert "train.seed: 0 → 1" in other.stderr
 
+    finished = command(cache, str(two), module="launch.train")
+    assert (finished.returncode, finished.stderr) == (0, f"shoal: {two}: this run is finished already\n")
     # The plan of two processes, started as one: refused before any work.
+    (two / "result.json").unlink()
     alone = command(cache, str(two), module="launch.train")
     assert alone.returncode == 4
     assert "rank 0 finds itself in a world of 1" in alone.stderr
@@ -132,7 +139,13 @@ def test_an_export_without_weights_is_no_success(strategy: str, tmp_path: Path, 
     own = str(Path(__file__).with_name("own_recipe.py"))
     (tmp_path / "run.yaml").write_text(f"recipe: {own}\ntrain: {{max_steps: 2, global_batch_size: 8}}\n")
     run = command(
-        cache, "run", str(tmp_path / "run.yaml"), "recipe_args.saves_nothing=true", *spread(strategy), "--out", str(out)
+        cache,
+        "run",
+        str(tmp_path / "run.yaml"),
+        "recipe_args.saves_one_weight=true",
+        *spread(strategy),
+        "--out",
+        str(out),
     )
     assert run.returncode == 7, run.stderr
     last = run.stderr.splitlines()[-1]
