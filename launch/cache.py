@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from launch.disk import flush
 from launch.errors import ConfigError, DataError
 
 PATIENCE_SECONDS = 5.0
@@ -119,21 +120,12 @@ def _build(final: Path, build: Callable[[Path], None]) -> None:
     try:
         build(aside)
         for path in [*aside.rglob("*"), aside]:
-            _flush_to_disk(path)
+            flush(path)
         aside.rename(final)
     except BaseException:  # Ctrl-C too
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _flush_to_disk(final.parent)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """A file with its content, or a folder with the names in it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(final.parent)
 
 
 # --- what the builder of a folder tells those that wait for it ----------------------------------------------

@@ -25,6 +25,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from launch.disk import flush
+
 FORMAT = 1
 """Counted up when an older release could no longer read what is written."""
 
@@ -136,23 +138,14 @@ def publish(aside: Path, update: int, files: dict[str, FileRecord]) -> Path:
     final = aside.with_name(f"step-{update:06d}")
     manifest = Manifest(format=FORMAT, update=update, files=dict(sorted(files.items())))
     record = write_file(aside / MANIFEST, [(manifest.model_dump_json(indent=1) + "\n").encode()])
-    _flush_folder(aside)
+    flush(aside)
     if final.exists():  # one that was found damaged, else nobody would write it again
         remove(final)
     aside.rename(final)
-    _flush_folder(final.parent)
+    flush(final.parent)
     write_file(final / MARK, [record.sha256.encode()])
-    _flush_folder(final)
+    flush(final)
     return final
-
-
-def _flush_folder(folder: Path) -> None:
-    """A new name is on the disk only once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(folder: Path) -> None:

@@ -31,6 +31,7 @@ from launch.chaos_report import verdict
 from launch.chaos_report import write_report as write_report_of_chaos
 from launch.checkpoint_export import export
 from launch.config import Key, Loaded, RunConfig, describe, load
+from launch.disk import size_in_words
 from launch.errors import (
     EXIT_CODES,
     ConfigError,
@@ -42,7 +43,7 @@ from launch.errors import (
 )
 from launch.explain import explain
 from launch.fitting import Fits, question, remember, smaller
-from launch.inventory import TITLES, Entry, discard, inventory, newest, rows, size_in_words, superfluous
+from launch.inventory import TITLES, Entry, discard, inventory, newest, rows, superfluous
 from launch.inventory import as_json as inventory_as_json
 from launch.parity import Outcome, cases, compare, duration
 from launch.parity_report import write_report

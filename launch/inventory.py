@@ -22,6 +22,7 @@ from launch.checkpoints import (
     remove,
     update_of,
 )
+from launch.disk import size_in_words
 from launch.errors import RunFolderError
 
 State = Literal["good", "damaged", "set aside as damaged", "left half written", "left half removed"]
@@ -208,14 +209,6 @@ def rows(entries: list[Entry]) -> list[list[str]]:
         ]
         for entry in entries
     ]
-
-
-def size_in_words(size: int) -> str:
-    """`1.5 GB`."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def as_json(run: Path, entries: list[Entry], removed: list[Entry], *, verified: bool) -> dict[str, Any]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +19,7 @@ import psutil
 from launch.checkpoints import newest_complete, update_of
 from launch.errors import INTERRUPTED, PREEMPTED
 from launch.plan import Plan
+from launch.processes import alive, die_with_parent
 from launch.record import put_aside, read_json
 from launch.stop import SIGNALS, STOPPED, exit_code, receivable, spoken
 from launch.topology import worker_environment
@@ -184,7 +183,7 @@ class _Workers:
     @property
     def left(self) -> int:
         """How many ranks are there still."""
-        return len(_alive(self.ranks))
+        return len(alive(self.ranks))
 
     @property
     def some_have_gone(self) -> bool:
@@ -204,10 +203,10 @@ class _Workers:
                 family |= {*psutil.Process(self._process.pid).children(recursive=True)}
             self._process.terminate()
         until = time.monotonic() + GRACE_SECONDS
-        while _alive(family) and time.monotonic() < until:
+        while alive(family) and time.monotonic() < until:
             self._process.poll()
             time.sleep(_POLL_SECONDS / 2)
-        for process in _alive(family):
+        for process in alive(family):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
@@ -224,16 +223,6 @@ def _session(process: psutil.Process) -> int | None:
         return None
 
 
-def _alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those that have not ended; of one that nobody has waited for, only its number is left."""
-    found = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
 def _attempt(plan: Plan, folder: Path, signals: _Signals) -> Ending:
     """Start the workers once."""
     put_aside(folder)
@@ -245,7 +234,7 @@ def _attempt(plan: Plan, folder: Path, signals: _Signals) -> Ending:
             stdout=_stderr(),
             stderr=log,
             start_new_session=True,  # Ctrl-C reaches the workers through us alone
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     workers = _Workers(process, plan)
     try:
@@ -262,12 +251,6 @@ def _stderr() -> IO[str] | int:
     except (OSError, ValueError):
         return subprocess.DEVNULL
     return sys.stderr
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to send SIGTERM to this process when the launcher dies, even by SIGKILL (prctl(2), option 1)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _watch(workers: _Workers, folder: Path, signals: _Signals) -> int | None:

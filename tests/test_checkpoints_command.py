@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from launch.checkpoints import FileRecord, aside_folder, checkpoint_folder, listed, publish, shard_name, write_file
-from launch.inventory import inventory, newest, size_in_words, superfluous
+from launch.disk import size_in_words
+from launch.inventory import inventory, newest, superfluous
 from launch.plan import decide
 from launch.record import create_run_folder, held
 from launch.topology import World

@@ -39,6 +39,7 @@ from launch.checkpoints import (
     shard_name,
     write_file,
 )
+from launch.disk import size_in_words
 from launch.engine.agree import from_main
 from launch.engine.pieces import Piece
 from launch.engine.shards import Part, parts, write_shard
@@ -225,11 +226,6 @@ class _Save:
 
 def _told(accelerator: Accelerator, error: OSError) -> str:
     return f"rank {accelerator.process_index} ({socket.gethostname()}): {error.strerror or error}"
-
-
-def size_in_words(size: float) -> str:
-    """`1.5 GB`."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def find(accelerator: Accelerator, run: Path, say: Callable[[str], None]) -> Path | None:

@@ -21,9 +21,10 @@ from launch.checkpoints import (
     update_of,
 )
 from launch.config import RunConfig, SaveSection
+from launch.disk import size_in_words
 from launch.engine.agree import Requests, any_rank, from_main, raise_together
 from launch.engine.batching import Position
-from launch.engine.checkpoint import Checkpointer, Saved, find, size_in_words
+from launch.engine.checkpoint import Checkpointer, Saved, find
 from launch.engine.pieces import Piece, after_loading, pieces, remember
 from launch.engine.randomness import random_states, restore_random_states
 from launch.engine.shards import Stored
