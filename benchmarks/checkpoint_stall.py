@@ -89,7 +89,8 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=5)
     arguments = parser.parse_args()
     if "BENCHMARK_FOLDER" in os.environ:
-        return measure(arguments, Path(os.environ["BENCHMARK_FOLDER"]))
+        measure(arguments, Path(os.environ["BENCHMARK_FOLDER"]))
+        return
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     for kind in ("synchronous", "asynchronous"):
         (folder / kind).mkdir()

@@ -18,6 +18,7 @@ from launch.engine.pieces import Piece
 from launch.engine.randomness import random_states, restore_random_states
 from launch.engine.shards import Stored, parts, write_shard
 from tests.gloo import run_ranks
+from tests.killed_saver import Fate
 
 ROWS = 7
 
@@ -34,7 +35,23 @@ def held(rank: int, world_size: int, value: float = 0.0) -> list[Piece]:
     ]
 
 
-def saved(folder: str, updates: list[int], asynchronous: bool, limit_of_rank_1: int | None = None) -> list[Any]:
+def threaten(fate: Fate) -> None:
+    """Kill this process before so many calls that change the disk; a write of 16 bytes is one."""
+    from launch import checkpoints
+
+    checkpoints._CHUNK_BYTES = 16
+    for name in ("fsync", "mkdir", "rename", "rmdir", "unlink", "open"):
+        fate.threaten(name)
+    checkpoints.memoryview = lambda part: (fate(), memoryview(part))[1]  # type: ignore[attr-defined]
+
+
+def saved(
+    folder: str,
+    updates: list[int],
+    asynchronous: bool,
+    limit_of_rank_1: int | None = None,
+    killed: tuple[int, int] | None = None,
+) -> list[Any]:
     """Save after each of `updates`, with live values that go on changing; how each save ended."""
     from accelerate import Accelerator
 
@@ -50,6 +67,8 @@ def saved(folder: str, updates: list[int], asynchronous: bool, limit_of_rank_1: 
                 signal.SIGXFSZ, signal.SIG_IGN
             )  # then a write beyond the limit is an error, as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_of_rank_1, resource.RLIM_INFINITY))
+        if killed is not None and rank == killed[0] and update == updates[-1]:
+            threaten(Fate(killed[1]))
         live = held(rank, world_size, float(update))
         failed = checkpointer.begin(update, live, {"position": {"update": update}})
         assert failed is None
@@ -104,20 +123,14 @@ def killed(folder: str, moments: list[int], asynchronous: bool) -> list[tuple[bo
     """A save once a moment, each in a child that is killed before that many calls that change the disk."""
     from accelerate import Accelerator
 
-    from launch import checkpoints
     from launch.engine.checkpoint import Checkpointer
-    from tests.killed_saver import Fate
 
     accelerator, run = Accelerator(cpu=True), Path(folder)
-    checkpoints._CHUNK_BYTES = 16
     outcomes = []
     for moment in moments:
         child = os.fork()
         if not child:
-            fate = Fate(moment)
-            for name in ("fsync", "mkdir", "rename", "rmdir", "unlink", "open"):
-                fate.threaten(name)
-            checkpoints.memoryview = lambda part, fate=fate: (fate(), memoryview(part))[1]  # type: ignore[attr-defined]
+            threaten(Fate(moment))
             checkpointer = Checkpointer(accelerator, run, {"config.json": b"{}"}, asynchronous=asynchronous)
             update = 1 + max((update_of(folder) for folder in listed(run)), default=0)
             checkpointer.begin(update, held(0, 1, float(update)), {"position": {"update": update}})
@@ -147,6 +160,17 @@ def test_a_rank_may_be_killed_at_any_moment_of_a_save(asynchronous: bool, tmp_pa
     whole = newest_complete(tmp_path)
     assert whole is not None
     assert_holds(whole, newest)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("rank", "moment"), [(0, 3), (0, 10), (0, 15), (0, 19), (0, 20), (1, 3), (1, 5)])
+def test_one_rank_of_two_may_be_killed_in_a_save(rank: int, moment: int, tmp_path: Path) -> None:
+    """The other one loses it, and what was there before stays; what is there under its name is whole."""
+    with pytest.raises(AssertionError, match=r"failed|did not answer"):
+        run_ranks(2, saved, str(tmp_path), [4, 8], False, None, (rank, moment), timeout_seconds=15)
+    assert_holds(checkpoint_folder(tmp_path, 4), 4)
+    for folder in listed(tmp_path):
+        assert damage(folder) in (None, "its save was cut off (no COMPLETE)")
 
 
 def test_a_range_that_nobody_has_written_is_missed(tmp_path: Path) -> None:
