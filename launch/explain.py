@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.config import RunConfig, TrainSection
+from launch.config import RunConfig, SaveSection, TrainSection
 from launch.plan import Length, Plan
 
 
@@ -46,6 +46,7 @@ def explain(plan: Plan) -> list[Line]:
         why = f"of {batch.global_batch_size}; the mean is over these, none is dropped or repeated"
         lines.append(Line("last of an epoch", f"{last} samples", why))
     lines.append(Line("learning rate", *_rates_explained(length, plan.config)))
+    lines.append(Line("checkpoints", *_saving_explained(plan.config.save)))
     lines.append(Line("run folder", plan.run_folder))
     return lines
 
@@ -69,6 +70,18 @@ def _dtypes_explained(plan: Plan) -> tuple[str, str]:
 def _extras_explained(train: TrainSection) -> str:
     extras = {"activation checkpointing": train.activation_checkpointing, "torch.compile": train.compile}
     return ", ".join([train.optimizer, *(name for name, on in extras.items() if on)])
+
+
+def _saving_explained(save: SaveSection) -> tuple[str, str]:
+    when = [
+        *([f"every {save.every_steps:,} updates"] if save.every_steps else []),
+        *([f"every {save.every_minutes:g} minutes"] if save.every_minutes else []),
+        *(["when validation is better than ever"] if save.keep_best else []),
+        "when a signal stops the run",
+    ]
+    kept = "all are kept" if save.keep_last is None else f"the newest {save.keep_last} are kept"
+    best = f", and the best {save.keep_best}" if save.keep_best else ""
+    return ", ".join(when), kept + best + (", written while training goes on" if save.asynchronous else "")
 
 
 def _updates_explained(length: Length, epochs: float | None) -> tuple[str, str]:

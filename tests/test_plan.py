@@ -409,6 +409,7 @@ def test_every_number_is_explained() -> None:
         "updates": ("16", "1 epochs × 16 updates"),
         "last of an epoch": ("41 samples", "of 64; the mean is over these, none is dropped or repeated"),
         "learning rate": ("0.0003 → 1.87e-05", "at updates 1 and 16; linear, no warm-up"),
+        "checkpoints": ("every 30 minutes, when a signal stops the run", "the newest 2 are kept"),
         "run folder": ("/runs/one", ""),
     }
 
@@ -428,6 +429,11 @@ def test_what_is_switched_on_is_told() -> None:
         "micro-batch: the largest of 1, 2, 3, 4, 6, 12 that fits, found at the start",
     )
     assert explained(planned())["number formats"] == ("float32", "throughout")
+    saving = ("save.every_steps=1000", "save.every_minutes=null", "save.keep_best=1", "save.keep_last=null")
+    assert explained(planned(*saving, "save.asynchronous=true"))["checkpoints"] == (
+        "every 1,000 updates, when validation is better than ever, when a signal stops the run",
+        "all are kept, and the best 1, written while training goes on",
+    )
 
 
 @pytest.mark.parametrize(
