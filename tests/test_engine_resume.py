@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,16 @@ def attempt(
     stop_at: int | None,
     overrides: tuple[str, ...] = (),
     dropout: float = 0.1,
+    evaluating: bool = False,
+    before: Callable[[], None] = lambda: None,
+    change: Callable[[Prepared], Prepared] = lambda prepared: prepared,
 ) -> dict[str, Any]:
-    """Start or continue the run in `folder`; a signal reaches the last rank as update `stop_at` begins."""
+    """Start or continue the run in `folder`; a signal reaches the last rank as update `stop_at` begins.
+
+    Or, where `evaluating`, during the evaluation after it. `before` is called first, and `change` may put other data
+    in the place of the usual ones; functions of a module, since ranks get them by name.
+    """
+    before()
     from transformers import AutoModelForCausalLM
 
     from launch.engine.data import open_data
@@ -60,13 +70,20 @@ def attempt(
         loss=loss,
         count=count,
     )
+    prepared = change(prepared)
     data = open_data(plan, prepared, read_world().rank)
     accelerator = make_accelerator(plan)
     said: list[str] = []
+    come = False
 
     def signal() -> int | None:
-        reached = stop_at is not None and run.updates_done >= stop_at - 1
-        return 15 if reached and accelerator.process_index == world_size - 1 else None
+        nonlocal come
+        if stop_at is not None and evaluating:
+            shown = [bar.description for bar in display._bars]
+            come = come or (run.updates_done == stop_at and "evaluating" in shown)
+        elif stop_at is not None:
+            come = run.updates_done >= stop_at - 1
+        return 15 if come and accelerator.process_index == world_size - 1 else None
 
     display = Display(False)
     display.say = said.append  # type: ignore[method-assign]
@@ -102,12 +119,18 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def in_attempts(
-    source: Path, folder: Path, attempts: list[tuple[str, int, int | None]], *overrides: str, dropout: float = 0.1
+    source: Path,
+    folder: Path,
+    attempts: list[tuple[str, int, int | None]],
+    *overrides: str,
+    dropout: float = 0.1,
+    **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """Each attempt's result on rank 0."""
-    folder.mkdir()
+    """Each attempt's result on rank 0; more attempts may follow in the same folder. `arguments` are of `attempt`."""
+    folder.mkdir(exist_ok=True)
+    each = functools.partial(attempt, dropout=dropout, **arguments)
     return [
-        run_ranks(world_size, attempt, strategy, world_size, str(source), str(folder), stop_at, overrides, dropout)[0]
+        run_ranks(world_size, each, strategy, world_size, str(source), str(folder), stop_at, overrides)[0]
         for strategy, world_size, stop_at in attempts
     ]
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from launch.checkpoints import (
+    DamagedError,
     free_bytes,
     listed,
     newest_complete,
@@ -210,12 +211,17 @@ class Keeper:
         """Put weights and optimizer back; then, to be called last, the random states, False where they do not fit.
 
         Raises:
-            DamagedError: the checkpoint lacks something that this model has.
+            RunFolderError: the checkpoint lacks something that this model has.
         """
         stored = Stored(found.folder)
         remember(self._accelerator, self._model, self._optimizer, stored.shapes)
-        for piece in pieces(self._accelerator, self._model, self._optimizer):
-            stored.load(piece)
+        problem: LaunchError | None = None
+        try:
+            for piece in pieces(self._accelerator, self._model, self._optimizer):
+                stored.load(piece)
+        except DamagedError as error:  # maybe on one rank only, and the others would wait for it
+            problem = RunFolderError(f"{found.folder}: {error}; move it away to go on from an older one")
+        raise_together(self._accelerator, problem)
         after_loading(self._accelerator, self._model)
         rank, same = self._accelerator.process_index, found.state["world_size"] == self._accelerator.num_processes
 
