@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
+from torch.nn.parallel import DistributedDataParallel
 
 from launch.engine.agree import Requests, any_rank, from_main
 from launch.engine.batching import Order, Position, Window, Work
@@ -27,7 +28,7 @@ from launch.engine.progress import Display
 from launch.engine.scoring import Evaluation, Score
 from launch.engine.sharding import seen_dtypes, tied_names, unwrapped, updates
 from launch.engine.stopping import EarlyStopping, Judgement
-from launch.engine.streams import Reader, is_stream
+from launch.engine.streams import Reader, first_samples, is_stream
 from launch.engine.tracking import Tracker
 from launch.plan import Plan
 from launch.recipe import Batch, Prepared, Samples, Stream
@@ -172,6 +173,8 @@ class Run:
             return self._work()
         self._restore(state)
         restore_random_states = self.keeper.restore(found)
+        if isinstance(self.model, DistributedDataParallel):
+            self._settle_buckets()
         work = self._work()
         if not restore_random_states():  # last: what was built until now has drawn numbers of its own
             self._seed_by_rank(self.updates_done)
@@ -181,6 +184,17 @@ class Run:
         if self.tracker:
             self.tracker.write("resume", self.updates_done, checkpoint=found.folder.name)
         return work
+
+    def _settle_buckets(self) -> None:
+        """Let DDP put its gradients into the groups it will keep. Every rank must call this.
+
+        It regroups them after the first backward pass (torch 2.13, reducer.cpp, `rebuild_buckets`), and three ranks or
+        more add up in another order in other groups: an update after a resumption would differ in its last bits.
+        """
+        batch = self.prepared.collate(first_samples(self.prepared.train, 1))
+        self.model.train()
+        (self.loss(self.model, send_to_device(batch, self.accelerator.device)) * 0.0).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad()
 
     def _state(self) -> dict[str, Any]:
         """What all ranks have in common, besides what `Keeper` knows itself."""
