@@ -138,7 +138,7 @@ def test_what_goes_wrong_is_told_as_everywhere(place: Place, stated: list[str], 
     ("when", "number", "exit_code", "last"),
     [
         (9, signal.SIGINT, 130, "shoal: stopped by Ctrl-C; what was not finished is not kept"),
-        (18, signal.SIGTERM, 143, "shoal: stopped by SIGTERM; what was not finished is not kept"),
+        (18, signal.SIGTERM, 75, "shoal: stopped by SIGTERM; what was not finished is not kept"),
         (9, signal.SIGKILL, -9, None),
     ],
     ids=["INT", "TERM", "KILL"],
