@@ -487,7 +487,7 @@ def forget_other_ranks_in_scores() -> None:
     """Leave out the sum over ranks in an evaluation."""
     from launch.engine import scoring
 
-    scoring.count_over_ranks = lambda accelerator, counts: counts
+    scoring.count_over_ranks = lambda accelerator, counts: (counts, [])
 
 
 def walk_the_schedule_on_every_rank() -> None:
@@ -603,11 +603,12 @@ def waits_in_training(strategy: str, source: str, folder: str) -> tuple[int, flo
     """Train while rank 1 is slow in the first update and far too slow in the second; how that ended on this rank."""
     from transformers import AutoModelForCausalLM
 
+    from launch.engine.data import open_data
     from launch.engine.progress import Display
     from launch.engine.run import Run
     from launch.engine.sharding import make_accelerator
     from recipes.causal_lm import collate, count, loss
-    from tests.test_engine_checkpoint import tokenizer
+    from tests.test_engine_export import tokenizer
 
     pauses = iter([PATIENCE / 2, 2.5 * PATIENCE])
     began = 0.0
@@ -622,7 +623,8 @@ def waits_in_training(strategy: str, source: str, folder: str) -> tuple[int, flo
     rows = tiny.sequences(SAMPLES)
     model = AutoModelForCausalLM.from_pretrained(source)
     prepared = Prepared(lambda: model, tokenizer(), rows, rows, collate, slow_loss, count)
-    run = Run(plan, Path(folder), prepared, make_accelerator(plan), Display(False))
+    data = open_data(plan, prepared, read_world().rank)
+    run = Run(plan, Path(folder), prepared, data, make_accelerator(plan), Display(False))
     try:
         run.train()
     except Exception as error:
