@@ -84,7 +84,7 @@ def test_with_data_workers(to: str, tmp_path: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["launcher", "one rank", "all processes"])
+@pytest.mark.parametrize("to", ["launcher", "all processes"])
 def test_during_the_first_batch(to: str, tmp_path: Path) -> None:
     """The first forward pass is under way: the update is done and saved."""
     slow = ("recipe_args.seconds_per_batch=4", "eval.at_start=false")
@@ -98,7 +98,7 @@ def test_during_the_first_batch(to: str, tmp_path: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["launcher", "one rank", "all processes"])
+@pytest.mark.parametrize("to", ["one rank", "all processes"])
 def test_during_an_evaluation(to: str, tmp_path: Path) -> None:
     """Two passes of half a second each, after every update."""
     often = ("eval.every_steps=1", "eval.batch_size=1", "recipe_args.seconds_per_batch=0.5")
