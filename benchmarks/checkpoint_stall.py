@@ -23,6 +23,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from launch.checkpoints import prune
     from launch.config import load
     from launch.engine.checkpoint import Checkpointer
     from launch.engine.optim import make_optimizer
@@ -66,7 +67,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             saved = checkpointer.finish()
             if saved.folder is None:
                 sys.exit(saved.problem)
-            checkpointer.prune(1, [])
+            if accelerator.is_main_process:
+                prune(folder / kind, 1, [])
             if number:  # the first one gets its buffers
                 stalls[kind].append(saved.stall_seconds)
     if accelerator.is_main_process:

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -251,23 +251,20 @@ def read_state(folder: Path) -> dict[str, Any]:
 # --- pruning ---------------------------------------------------------------------------------------------
 
 
-def superfluous(run: Path, keep_last: int | None, best: Iterable[int]) -> Iterator[Path]:
-    """Whole checkpoints that may go: older than the newest `keep_last` whole ones, and not of an update in `best`.
+def prune(run: Path, keep_last: int | None, best: Iterable[int]) -> None:
+    """Remove whole checkpoints older than the newest `keep_last` whole ones, and not of an update in `best`.
 
-    Damaged ones count for nothing, so that of the good ones there are never fewer than before.
+    Damaged ones count for nothing, so that of the good ones there are never fewer than before. What cannot be removed
+    stays.
     """
     if keep_last is None:
         return
     whole = [folder for folder in listed(run) if outer_damage(folder) is None]
     kept = set(best)
-    yield from (folder for folder in whole[keep_last:] if update_of(folder) not in kept)
-
-
-def prune(run: Path, keep_last: int | None, best: Iterable[int]) -> None:
-    """Remove what is superfluous; what cannot be removed stays."""
-    for folder in list(superfluous(run, keep_last, best)):
-        with contextlib.suppress(OSError):
-            remove(folder)
+    for folder in whole[keep_last:]:
+        if update_of(folder) not in kept:
+            with contextlib.suppress(OSError):
+                remove(folder)
 
 
 def free_bytes(run: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import psutil
 from launch.checkpoints import newest_complete, update_of
 from launch.errors import INTERRUPTED, PREEMPTED
 from launch.plan import Plan
-from launch.processes import alive, die_with_parent
+from launch.processes import alive, die_with_parent, session_of
 from launch.record import put_aside, read_json
 from launch.stop import SIGNALS, STOPPED, exit_code, receivable, spoken
 from launch.topology import worker_environment
@@ -197,7 +196,7 @@ class _Workers:
         they have lost it.
         """
         sessions = {self._process.pid, *(rank.pid for rank in self.ranks)}
-        family = {process for process in psutil.process_iter() if _session(process) in sessions}
+        family = {process for process in psutil.process_iter() if session_of(process.pid) in sessions}
         if self._process.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 family |= {*psutil.Process(self._process.pid).children(recursive=True)}
@@ -214,13 +213,6 @@ class _Workers:
 
 def _command_of(process: psutil.Process) -> list[str]:
     return list(process.cmdline())
-
-
-def _session(process: psutil.Process) -> int | None:
-    try:
-        return os.getsid(process.pid)
-    except OSError:
-        return None
 
 
 def _attempt(plan: Plan, folder: Path, signals: _Signals) -> Ending:

@@ -40,11 +40,11 @@ def kill(process: psutil.Process) -> None:
     into a session of its own. So the process must not be in ours.
     """
     members = {process, *below(process)}
-    sessions = {_session(member.pid) for member in members} - {None}
-    assert _session(os.getpid()) not in sessions, "started with a session of its own"
+    sessions = {session_of(member.pid) for member in members} - {None}
+    assert session_of(os.getpid()) not in sessions, "started with a session of its own"
     while True:
         # Again and again: one may have been forked in that moment.
-        members |= {other for other in psutil.process_iter() if _session(other.pid) in sessions}
+        members |= {other for other in psutil.process_iter() if session_of(other.pid) in sessions}
         left = alive(members)
         if not left:
             return
@@ -70,7 +70,8 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _session(pid: int) -> int | None:
+def session_of(pid: int) -> int | None:
+    """None where the process is gone."""
     try:
         return os.getsid(pid)
     except OSError:

@@ -33,10 +33,10 @@ from filelock import FileLock, Timeout
 
 from launch.assets import code_root
 from launch.config import dump_yaml
-from launch.errors import ConfigError, RunFolderError
+from launch.errors import RunFolderError
 from launch.plan import Plan, as_json
 from launch.render import accelerate_yaml
-from launch.resume import changes
+from launch.resume import harmless_changes
 from launch.secret import argument_without_secrets
 from launch.topology import recorded_environment
 from launch.versions import versions
@@ -104,13 +104,7 @@ def changed_settings(plan: Plan) -> list[str]:
         ConfigError: the run was begun with settings that mean other numbers.
     """
     before = read_plan(Path(plan.run_folder)).config.model_dump(mode="json")
-    harmless, dangerous = changes(before, plan.config.model_dump(mode="json"))
-    if dangerous:
-        raise ConfigError(
-            f"{plan.run_folder}: was begun with other settings, and to go on with these would give the numbers of "
-            f"neither: {'; '.join(dangerous)}; set them back, or begin a new run with another --out"
-        )
-    return harmless
+    return harmless_changes(f"{plan.run_folder}: was begun", before, plan.config)
 
 
 def put_aside(folder: Path) -> None:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from launch.config import RunConfig
 from launch.dotted import leaves
+from launch.errors import ConfigError
 
 HARMLESS_SECTIONS = ("track", "save", "parallel", "cluster")
 """Where the numbers go, what is kept, and who computes: none of it changes what is computed."""
@@ -29,6 +31,21 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
         line = f"{key}: {json.dumps(old, ensure_ascii=False)} → {json.dumps(new, ensure_ascii=False)}"
         (harmless if _is_harmless(key, now) else dangerous).append(line)
     return harmless, dangerous
+
+
+def harmless_changes(begun: str, before: dict[str, Any], now: RunConfig) -> list[str]:
+    """What is set otherwise now and leaves the numbers alone; `begun` says what was made with the settings before.
+
+    Raises:
+        ConfigError: something is set otherwise that does not.
+    """
+    harmless, dangerous = changes(before, now.model_dump(mode="json"))
+    if dangerous:
+        raise ConfigError(
+            f"{begun} with other settings, and to go on with these would give the numbers of neither: "
+            f"{'; '.join(dangerous)}; set them back, or begin a new run with another --out"
+        )
+    return harmless
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

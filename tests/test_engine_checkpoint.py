@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch.checkpoints import DamagedError, checkpoint_folder, damage, listed, newest_complete, update_of
+from launch.checkpoints import DamagedError, checkpoint_folder, damage, listed, newest_complete, prune, update_of
 from launch.engine.pieces import Piece
 from launch.engine.randomness import random_states, restore_random_states
 from launch.engine.shards import Stored, parts, write_shard
@@ -135,7 +135,7 @@ def killed(folder: str, moments: list[int], asynchronous: bool) -> list[tuple[bo
             update = 1 + max((update_of(folder) for folder in listed(run)), default=0)
             checkpointer.begin(update, held(0, 1, float(update)), {"position": {"update": update}})
             checkpointer.finish()
-            checkpointer.prune(2, [])
+            prune(run, 2, [])
             os._exit(0)
         _, status = os.waitpid(child, 0)
         good = [update_of(folder) for folder in listed(run) if damage(folder) is None]

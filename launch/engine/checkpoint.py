@@ -33,8 +33,6 @@ from launch.checkpoints import (
     disown,
     free_bytes,
     listed,
-    newest_complete,
-    prune,
     publish,
     shard_name,
     write_file,
@@ -168,15 +166,6 @@ class Checkpointer:
         except OSError as error:
             return [_told(self._accelerator, error)]
         return []
-
-    def prune(self, keep_last: int | None, best: Sequence[int]) -> None:
-        """Remove what need not be kept; of use on rank 0 only."""
-        if self._accelerator.is_main_process:
-            prune(self._run, keep_last, best)
-
-    def newest(self) -> Path | None:
-        """The newest checkpoint that is whole."""
-        return newest_complete(self._run)
 
 
 class _Save:

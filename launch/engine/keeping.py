@@ -18,6 +18,7 @@ from launch.checkpoints import (
     listed,
     newest_complete,
     outer_damage,
+    prune,
     read_state,
     update_of,
 )
@@ -28,12 +29,13 @@ from launch.engine.batching import Position
 from launch.engine.checkpoint import Checkpointer, Saved, find
 from launch.engine.pieces import Piece, after_loading, pieces, remember
 from launch.engine.randomness import random_states, restore_random_states
+from launch.engine.sharding import innermost
 from launch.engine.shards import Stored
 from launch.engine.streams import is_stream
 from launch.engine.tracking import Tracker
 from launch.errors import ConfigError, DataError, LaunchError, RunFolderError
 from launch.recipe import Prepared
-from launch.resume import changes
+from launch.resume import harmless_changes
 from launch.versions import versions
 
 State = Callable[[], dict[str, Any]]
@@ -142,7 +144,7 @@ class Keeper:
             return
         self._saved = update
         if self._accelerator.is_main_process:
-            self._checkpointer.prune(self._config.keep_last, self._best())
+            prune(self._run, self._config.keep_last, self._best())
         if self.tracker:
             folder = str(saved.folder.relative_to(self._run))
             seconds, stall = round(saved.seconds, 3), round(saved.stall_seconds, 3)
@@ -237,10 +239,9 @@ class Keeper:
         return random
 
 
-def _memories(optimizer: Any) -> int:
+def _memories(optimizer: torch.optim.Optimizer) -> int:
     """How many numbers an optimizer remembers of each weight."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    optimizer = innermost(optimizer)
     if isinstance(optimizer, torch.optim.Adafactor):
         return 0  # of a matrix a row and a column
     if isinstance(optimizer, torch.optim.SGD):
@@ -262,12 +263,10 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
 
 
 def _contradiction(folder: Path, state: dict[str, Any], config: RunConfig, data: dict[str, Any]) -> LaunchError | None:
-    _, dangerous = changes(state["config"], config.model_dump(mode="json"))
-    if dangerous:
-        return ConfigError(
-            f"{folder.name} was made with other settings, and to go on with these would give the numbers of neither: "
-            f"{'; '.join(dangerous)}; set them back, or begin a new run with another --out"
-        )
+    try:
+        harmless_changes(f"{folder.name} was made", state["config"], config)
+    except ConfigError as error:
+        return error
     if state["data"] != data:
         return DataError(
             f"{folder.name} was made with other training data ({state['data']['samples']} samples, now "

@@ -8,7 +8,7 @@ can be written by one strategy and world size and read by any other, without an 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from launch.engine.sharding import unwrapped
+from launch.engine.sharding import innermost, unwrapped
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,22 @@ class _Holding:
     """What this rank has of a parameter, and where the optimizer keeps its memory of it."""
 
     name: str
-    values: torch.Tensor
-    start: int
-    shape: tuple[int, ...]
-    shared: bool
+    weights: Piece
     slot: torch.Tensor | None
     """The tensor under which the optimizer files its state; None for a weight that is not trained."""
-    offset: int | None
+    offset: int | None = None
     """Where in the flat `slot` the range begins; None where the slot is this parameter alone."""
 
 
 def pieces(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Piece]:
     """All that this rank holds: trained weights in fp32, other weights, persistent buffers, the optimizer's memory."""
-    inner = _innermost(optimizer)
+    inner = innermost(optimizer)
     found = []
     for holding in _holdings(accelerator, model):
-        found.append(
-            Piece(f"model/{holding.name}", holding.values, holding.start, holding.shape, shared=holding.shared)
-        )
+        found.append(holding.weights)
         if holding.slot is not None:
             found += _remembered(holding, inner.state.get(holding.slot, {}))
     return [*found, *_buffers(model)]
-
-
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    while hasattr(optimizer, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
-        optimizer = optimizer.optimizer
-    assert isinstance(optimizer, torch.optim.Optimizer)
-    return optimizer
 
 
 def _buffers(model: torch.nn.Module) -> Iterator[Piece]:
@@ -91,13 +79,10 @@ def _holdings(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[_Hol
             yield from _held_by_zero(name, parameter, engine.optimizer, accelerator)
             continue
         slot = parameter if parameter.requires_grad else None
+        values, start, shared = parameter.detach(), 0, True
         if isinstance(parameter, DTensor):
-            start = _first_element(parameter)
-            shape = tuple(parameter.shape)
-            yield _Holding(name, parameter.to_local().detach(), start, shape, shared=False, slot=slot, offset=None)
-        else:
-            shape = tuple(parameter.shape)
-            yield _Holding(name, parameter.detach(), 0, shape, shared=True, slot=slot, offset=None)
+            values, start, shared = parameter.to_local().detach(), _first_element(parameter), False
+        yield _Holding(name, Piece(f"model/{name}", values, start, tuple(parameter.shape), shared=shared), slot)
 
 
 def _first_element(tensor: DTensor) -> int:
@@ -121,14 +106,14 @@ def _held_by_zero(name: str, parameter: Any, zero: Any, accelerator: Accelerator
         shape = tuple(parameter.ds_shape)
         if not parameter.requires_grad:
             values = parameter.ds_tensor.detach().narrow(0, 0, count)
-            yield _Holding(name, values, start, shape, shared=False, slot=None, offset=None)
+            yield _Holding(name, Piece(f"model/{name}", values, start, shape, shared=False), None)
             return
         group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
         slot = zero.fp32_partitioned_groups_flat[group]
     else:
         shape = tuple(parameter.shape)
         if not parameter.requires_grad:
-            yield _Holding(name, parameter.detach(), 0, shape, shared=True, slot=None, offset=None)
+            yield _Holding(name, Piece(f"model/{name}", parameter.detach(), 0, shape, shared=True), None)
             return
         mapping = parameter._hp_mapping
         if mapping is None:
@@ -137,7 +122,7 @@ def _held_by_zero(name: str, parameter: Any, zero: Any, accelerator: Accelerator
         offset = mapping.hp_fragment_address.start
         slot = _flat_groups(zero)[mapping.param_group_index]
     values = slot.detach().narrow(0, offset, count)
-    yield _Holding(name, values, start, shape, shared=False, slot=slot, offset=offset)
+    yield _Holding(name, Piece(f"model/{name}", values, start, shape, shared=False), slot, offset)
 
 
 def _flat_groups(zero: Any) -> list[torch.Tensor]:
@@ -149,20 +134,20 @@ def _flat_groups(zero: Any) -> list[torch.Tensor]:
 
 def _remembered(holding: _Holding, state: dict[str, Any]) -> Iterator[Piece]:
     """The optimizer's memory of one parameter; what has another shape than the weights belongs to all of them."""
+    weights = holding.weights
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
             continue
         assert holding.slot is not None
         name = f"optimizer/{key}/{holding.name}"
         if value.shape != holding.slot.shape or not value.dim():
-            yield Piece(name, value, 0, tuple(value.shape), shared=holding.shared)
-        elif isinstance(value, DTensor):
-            yield Piece(name, value.to_local(), holding.start, holding.shape, shared=False)
-        elif holding.offset is None:
-            yield Piece(name, value, holding.start, holding.shape, shared=holding.shared)
-        else:
-            values = value.narrow(0, holding.offset, holding.values.numel())
-            yield Piece(name, values, holding.start, holding.shape, shared=False)
+            yield Piece(name, value, 0, tuple(value.shape), shared=weights.shared)
+            continue
+        if isinstance(value, DTensor):
+            value = value.to_local()
+        elif holding.offset is not None:
+            value = value.narrow(0, holding.offset, weights.values.numel())
+        yield replace(weights, name=name, values=value)
 
 
 # --- loading ---------------------------------------------------------------------------------------------
@@ -178,7 +163,7 @@ def remember(
 
     `shapes` are those of the stored tensors by name. A parameter that never had a gradient has none.
     """
-    inner = _innermost(optimizer)
+    inner = innermost(optimizer)
     kinds = sorted({name.split("/")[1] for name in shapes if name.startswith("optimizer/")})
     for holding in _holdings(accelerator, model):
         if holding.slot is None:
@@ -188,7 +173,7 @@ def remember(
             shape = shapes.get(f"optimizer/{kind}/{holding.name}")
             if shape is None or kind in state:
                 continue
-            if shape == holding.shape and shape:
+            if shape == holding.weights.shape and shape:
                 state[kind] = torch.zeros_like(holding.slot, requires_grad=False)
             else:
                 state[kind] = torch.zeros(shape, device=_device_of_scalar(inner, holding.slot))

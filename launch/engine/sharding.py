@@ -296,10 +296,7 @@ def updates(
 
 def seen_dtypes(made: Updates, model: torch.nn.Module, forward: set[torch.dtype]) -> Dtypes:
     """The number formats in use after an update; `forward` is what `precision.forward_dtypes` collected."""
-    inner = made.optimizer
-    while hasattr(inner, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
-        inner = inner.optimizer
-    master, remembered = optimizer_dtypes(inner)
+    master, remembered = optimizer_dtypes(innermost(made.optimizer))
     parameters = unwrapped(model).parameters()
     return Dtypes(
         forward=names(forward),
@@ -325,6 +322,14 @@ def unwrapped(model: torch.nn.Module) -> Any:
     """
     wrapped = isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine"
     return model.module if wrapped else model
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """Torch's own optimizer inside what Accelerate and DeepSpeed made of it."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
 
 
 def full_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
