@@ -17,12 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
 from launch.cache import file_identity
 from launch.errors import ConfigError, DataError
-from launch.recipe import Batch, HubNameOrFolder, LocalPaths, Prepared, Preview, RecipeArgs, RecipeContext
+from launch.recipe import Batch, HubNameOrFolder, LocalPaths, Prepared, Preview, RecipeContext
 from recipes import embedded
+from recipes.models import ModelArgs, Source, check_model
 from recipes.text import (
     FORMATS,
     Documents,
@@ -37,7 +38,7 @@ from recipes.text import (
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """Label of a position that is no target (torch's `cross_entropy` default)."""
@@ -46,21 +47,9 @@ BATCH_OF_TEXTS = 1000
 """Texts handed to the tokenizer at once; it spreads them over the CPU cores."""
 
 
-class Args(RecipeArgs):
+class Args(ModelArgs):
     """What a run file may set under `recipe_args`."""
 
-    model: HubNameOrFolder = embedded.NAME
-    """Model on the Hub or local folder; `embedded`: a tiny GPT-2 that needs no download."""
-    tokenizer: HubNameOrFolder | None = None
-    """Tokenizer on the Hub or local folder; null: the model's own."""
-    from_scratch: bool = False
-    """Build the model from its configuration with random weights instead of loading its weights."""
-    config_overrides: dict[str, JsonValue] = Field(default_factory=dict)
-    """Changes to the model's configuration, such as {n_layer: 4}; needs from_scratch."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout everywhere in the model; 0 makes runs comparable over numbers of processes."""
-    trust_remote_code: tuple[str, ...] = ()
-    """Names of models or tokenizers whose own Python code may be run; none unless named here."""
     dataset: HubNameOrFolder | None = None
     """Dataset on the Hub or local folder of one; null with no train_files either: Python's language reference."""
     dataset_config: str | None = None
@@ -85,44 +74,31 @@ def preview(args: Args, context: RecipeContext) -> Preview:
         raise ConfigError("recipe_args.dataset and recipe_args.train_files exclude each other; state one of the two")
     if args.validation_files and not args.train_files:
         raise ConfigError("recipe_args.validation_files needs recipe_args.train_files beside it")
-    if args.config_overrides and not args.from_scratch:
-        raise ConfigError(
-            "recipe_args.config_overrides changes the model's shape, so its weights cannot be loaded; "
-            "set recipe_args.from_scratch=true"
-        )
     check_files(args.train_files, args.text_column, "recipe_args.train_files")
     check_files(args.validation_files, args.text_column, "recipe_args.validation_files")
-    for key, name in (("recipe_args.model", args.model), ("recipe_args.tokenizer", args.tokenizer)):
-        if name is not None and name != embedded.NAME:
-            _check_model_name(key, name)
+    check_model(args)
     if args.dataset and not Path(args.dataset).is_dir():
         check_hub("recipe_args.dataset", args.dataset, "dataset")
-    prepared = context.cache.path("tokens", _tokens_key(args)) / "sizes.json"
+    prepared = context.cache.path("tokens", _tokens_key(args, _source(args, context))) / "sizes.json"
     if not prepared.is_file():
         return Preview(tokens_per_sample=args.block_size)
     sizes = json.loads(prepared.read_text())
     return Preview(math.ceil(sizes["train"] / args.block_size), args.block_size)
 
 
-def _check_model_name(key: str, name: str) -> None:
-    if not Path(name).is_absolute():
-        check_hub(key, name, "model")
-    elif not Path(name).is_dir():
-        raise DataError(f"{key} = {name}: no such folder")
-
-
 def prepare(args: Args, context: RecipeContext) -> Prepared:
     """Tokenise (once, then from the cache) and describe the model."""
-    source = str(embedded.model_folder(context.cache)) if args.model == embedded.NAME else args.model
-    tokenizer = _load_tokenizer(args, source)
-    config = _load_config(args, source, tokenizer)
+    source = _source(args, context)
+    tokenizer = _load_tokenizer(source)
+    config = source.config(tokenizer)
+    source.check_length(config, "block_size", args.block_size)
     folder = context.cache.folder(
-        "tokens", _tokens_key(args), lambda aside: _write_tokens(args, tokenizer, aside, context)
+        "tokens", _tokens_key(args, source), lambda aside: _write_tokens(args, tokenizer, aside, context)
     )
     train, validation = (Blocks(folder / f"{split}.bin", args.block_size) for split in ("train", "validation"))
     _check_sizes(args, train, validation)
     return Prepared(
-        build_model=lambda: _build_model(args, source, config, tokenizer),
+        build_model=lambda: source.build("AutoModelForCausalLM", config, tokenizer),
         tokenizer=tokenizer,
         train=train,
         validation=validation,
@@ -134,145 +110,40 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
     )
 
 
-# --- tokenizer and model ---------------------------------------------------------------------------------
+def _source(args: Args, context: RecipeContext) -> Source:
+    return Source(args, embedded.LANGUAGE_MODEL, context.cache)
 
 
-def _load_tokenizer(args: Args, source: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer, with an end-of-text and a padding token.
 
     Raises:
-        DataError: it cannot be loaded, has no end-of-text token, or encodes text to nothing.
+        DataError: it cannot be loaded, or has no end-of-text token.
     """
-    from transformers import AutoTokenizer
-
-    name = args.tokenizer or source
-    if args.tokenizer == embedded.NAME:
-        raise ConfigError("recipe_args.tokenizer = embedded: goes with recipe_args.model=embedded only; leave it out")
-    key = f"recipe_args.{'tokenizer' if args.tokenizer else 'model'} = {args.tokenizer or args.model}"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=name in args.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{key}: no tokenizer can be loaded from it: {_short(error)}{_trust_hint(error, name)}"
-        ) from error
-    # transformers 5 makes an empty tokenizer, without a word, from files it does not recognise.
-    if len(tokenizer) < 2 or not tokenizer("The quick brown fox.", add_special_tokens=False)["input_ids"]:
-        raise DataError(
-            f"{key}: its tokenizer has {len(tokenizer)} tokens and encodes text to nothing; its files are incomplete "
-            "(a folder needs tokenizer.json, or vocab.json and merges.txt)"
-        )
+    tokenizer = source.tokenizer()
     if tokenizer.eos_token_id is None:
-        raise DataError(f"{key}: its tokenizer has no end-of-text token (eos_token), which ends documents here")
+        raise DataError(
+            f"recipe_args.model = {source.args.model}: its tokenizer has no end-of-text token (eos_token), which ends "
+            "documents here"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never a target, so it may share a token
     tokenizer.model_max_length = max(tokenizer.model_max_length, 2**30)  # texts are cut into blocks by us
     return tokenizer
 
 
-def _load_config(args: Args, source: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The model's configuration, consistent with the tokenizer.
-
-    Raises:
-        DataError: model, tokenizer and block size do not fit together.
-    """
-    from transformers import AutoConfig
-
-    key = f"recipe_args.model = {args.model}"
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=source in args.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{key}: has no usable config.json: {_short(error)}{_trust_hint(error, source)}") from error
-    for name, value in args.config_overrides.items():
-        if not hasattr(config, name):
-            raise ConfigError(f"recipe_args.config_overrides.{name}: a {config.model_type} model has no such setting")
-        setattr(config, name, value)
-    for name in _DROPOUTS:
-        if hasattr(config, name):
-            setattr(config, name, args.dropout)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and args.block_size > longest:
-        raise ConfigError(
-            f"recipe_args.block_size = {args.block_size}: {args.model} has {longest} positions; use {longest} or fewer"
-        )
-    if args.from_scratch and args.tokenizer and "vocab_size" not in args.config_overrides:
-        config.vocab_size = len(tokenizer)
-    if len(tokenizer) > config.vocab_size:
-        raise DataError(
-            f"{key}: embeds {config.vocab_size} tokens, but the tokenizer has {len(tokenizer)}; they do not belong "
-            "together"
-        )
-    return config
-
-
-_DROPOUTS = (
-    *("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-    *("dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "classifier_dropout"),
-    *("attention_probs_dropout_prob", "hidden_dropout_prob"),
-)
-"""What configurations of transformers call their dropout probabilities."""
-
-
-def _build_model(
-    args: Args, source: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    trusted = source in args.trust_remote_code
-    if args.from_scratch:
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, dtype=torch.float32)
-    else:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, config=config, trust_remote_code=trusted, dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            raise DataError(f"recipe_args.model = {args.model}: cannot be loaded: {_short(error)}") from error
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.generation_config, name, getattr(tokenizer, name))
-    return model
-
-
-def _trust_hint(error: BaseException, name: str) -> str:
-    if "trust_remote_code" not in str(error):
-        return ""
-    return f"; it brings code of its own: read it, then allow it with recipe_args.trust_remote_code=[{name}]"
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:199] + "…"
-
-
 # --- data ------------------------------------------------------------------------------------------------
 
 
-def _tokens_key(args: Args) -> dict[str, Any]:
+def _tokens_key(args: Args, source: Source) -> dict[str, Any]:
     """Everything the token files are made from; known without importing a tokenizer."""
-    name = args.tokenizer or args.model
     return {
         "version": 1,
-        "tokenizer": embedded.cache_key() if name == embedded.NAME else _tokenizer_identity(name),
+        "tokenizer": source.tokenizer_identity(),
         "data": [args.dataset, args.dataset_config, args.text_column, args.documents],
         "train": [file_identity(Path(path)) for path in args.train_files],
         "validation": [file_identity(Path(path)) for path in args.validation_files] or args.validation_fraction,
     }
-
-
-def _tokenizer_identity(name: str) -> list[Any]:
-    folder = Path(name)
-    if folder.is_dir():
-        return [file_identity(path) for path in sorted(folder.iterdir()) if _is_tokenizer_file(path)]
-    from huggingface_hub import try_to_load_from_cache
-
-    # The path of a cached file holds the commit it belongs to.
-    return [name, str(try_to_load_from_cache(name, "tokenizer_config.json"))]
-
-
-def _is_tokenizer_file(path: Path) -> bool:
-    return path.is_file() and path.suffix in (".json", ".txt", ".model") and not path.name.startswith("model")
 
 
 def _write_tokens(args: Args, tokenizer: PreTrainedTokenizerBase, folder: Path, context: RecipeContext) -> None:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launch.cache import Cache
 from launch.errors import DataError
+from recipes.models import Embedded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NAME = "embedded"
 VOCABULARY = 2048
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -39,21 +38,6 @@ def paragraphs() -> list[str]:
         ) from None
     found = (part.strip() for name in sorted(topics) for part in topics[name].split("\n\n"))
     return [part + "\n" for part in dict.fromkeys(found) if len(part) > 1]
-
-
-def cache_key() -> dict[str, Any]:
-    """What the embedded model is made from."""
-    return _KEY
-
-
-def model_path(cache: Cache) -> Path:
-    """Where the embedded model is, or will be once made."""
-    return cache.path("embedded", _KEY)
-
-
-def model_folder(cache: Cache) -> Path:
-    """A Hugging Face folder: byte-level BPE tokenizer and an untrained GPT-2 of about 700,000 parameters."""
-    return cache.folder("embedded", _KEY, _make)
 
 
 def _make(folder: Path) -> None:
@@ -95,3 +79,7 @@ def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         pad_token=PADDING,
         clean_up_tokenization_spaces=False,
     )
+
+
+LANGUAGE_MODEL = Embedded("embedded", _KEY, _make)
+"""Byte-level BPE tokenizer and an untrained GPT-2 of about 700,000 parameters."""

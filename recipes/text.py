@@ -62,7 +62,7 @@ def check_files(paths: tuple[str, ...], text_column: str, key: str) -> None:
         try:
             columns = _columns(path)
         except (OSError, ValueError, csv.Error) as error:
-            raise DataError(f"{key}: {path}: cannot be read as {FORMATS[path.suffix]}: {_short(error)}") from None
+            raise DataError(f"{key}: {path}: cannot be read as {FORMATS[path.suffix]}: {short(error)}") from None
         if columns is not None and text_column not in columns:
             raise DataError(
                 f"{key}: {path}: has no column {text_column!r}; it has {', '.join(columns) or 'none'}; "
@@ -113,9 +113,9 @@ def read_files(paths: tuple[str, ...], text_column: str, documents: Documents) -
         try:
             yield from _as_documents(_read_rows(path, text_column), unit)
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is not UTF-8 text: {_short(error)}") from None
+            raise DataError(f"{path}: is not UTF-8 text: {short(error)}") from None
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as {FORMATS[path.suffix]}: {_short(error)}") from None
+            raise DataError(f"{path}: cannot be read as {FORMATS[path.suffix]}: {short(error)}") from None
 
 
 def _read_rows(path: Path, text_column: str) -> Iterator[str]:
@@ -176,7 +176,7 @@ def read_dataset(name: str, config: str | None, split: str, text_column: str, do
     try:
         rows = load_dataset(name, config, split=split)
     except Exception as error:  # the Hub, the network and the dataset's own files fail in many ways
-        raise DataError(f"recipe_args.dataset = {name}: split {split!r} cannot be loaded: {_short(error)}") from error
+        raise DataError(f"recipe_args.dataset = {name}: split {split!r} cannot be loaded: {short(error)}") from error
     if text_column not in rows.column_names:
         raise DataError(
             f"recipe_args.dataset = {name}: has no column {text_column!r}; it has {', '.join(rows.column_names)}; "
@@ -197,7 +197,7 @@ def dataset_splits(name: str, config: str | None) -> list[str]:
     try:
         return list(get_dataset_split_names(name, config))
     except Exception as error:
-        raise DataError(f"recipe_args.dataset = {name}: cannot be loaded: {_short(error)}") from error
+        raise DataError(f"recipe_args.dataset = {name}: cannot be loaded: {short(error)}") from error
 
 
 def check_hub(key: str, name: str, kind: Literal["model", "dataset"]) -> None:
@@ -245,7 +245,7 @@ def _hub_answers() -> bool:
         return False
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     """The first line of an error, cut to a readable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
