@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.checkpoints import checkpoints_folder, damage, listed
 from launch.errors import ExportError, RunFolderError
-from launch.inventory import by_loss, inventory, newest
+from launch.inventory import best_first, inventory, newest
 from launch.plan import python_environment
 from launch.topology import worker_environment
 
@@ -36,7 +36,7 @@ def choose(run: Path, which: str) -> Path:
     """
     if which in ("newest", "best"):
         entries = inventory(run, verify=True)
-        found = newest(entries) if which == "newest" else next(iter(by_loss(entries)), None)
+        found = newest(entries) if which == "newest" else next(iter(best_first(entries)), None)
         if found is None:
             lacking = "good checkpoint" if which == "newest" else "good checkpoint with a known validation loss"
             raise RunFolderError(f"{run}: has no {lacking}; see `shoal checkpoints {run}`")

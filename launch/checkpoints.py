@@ -242,6 +242,16 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def by_update(values: dict[str, float]) -> dict[int, float]:
+    """Values by update, of a state: JSON has text for keys."""
+    return {int(update): value for update, value in values.items()}
+
+
+def ranking(state: dict[str, Any]) -> dict[int, float]:
+    """By update, what ranks the evaluations that a checkpoint knows of, the lower the better."""
+    return by_update(state.get("ranking", state["losses"]))  # in the first releases the loss did
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """What all ranks had in common when a checkpoint was made."""
     state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))

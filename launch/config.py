@@ -87,16 +87,22 @@ class TrainSection(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the order of samples, of weights built from scratch and of dropout."""
     early_stopping_patience: int | None = Field(None, ge=1)
-    """Stop after this many evaluations in a row without a better validation loss; null: never."""
+    """Stop after this many evaluations in a row without a better eval.best_metric; null: never."""
     early_stopping_min_delta: float = Field(0.0, ge=0)
-    """How much lower a validation loss must be to count as better."""
+    """By how much eval.best_metric must be better to count as better here."""
 
 
 class EvalSection(Section):
     """When and how the validation data is evaluated; always at the end of training too."""
 
     every_steps: int | None = Field(None, ge=1)
-    """Evaluate after every so many updates; null: only at the start and the end."""
+    """Evaluate after every so many updates; null: not by their number."""
+    every_epochs: int | None = Field(None, ge=1)
+    """Evaluate after every so many passes over the training data; null: not by their number."""
+    best_metric: str = Field("loss", min_length=1)
+    """What tells the best evaluation, for early stopping and save.keep_best: loss, or a metric of the recipe."""
+    best_is: Literal["auto", "lowest", "highest"] = "auto"
+    """Whether the lowest or the highest value is the best; auto: as is usual for this metric."""
     batch_size: int | None = Field(None, ge=1)
     """Samples one process evaluates at once; null: the micro-batch size; it never changes the result."""
     at_start: bool = True
@@ -115,7 +121,7 @@ class SaveSection(Section):
     keep_last: int | None = Field(2, ge=1)
     """Keep only the newest so many checkpoints; null: all."""
     keep_best: int = Field(0, ge=0)
-    """Save whenever the validation loss is better than ever before, and keep so many of the best besides."""
+    """Save whenever eval.best_metric is better than ever before, and keep so many of the best besides."""
     asynchronous: bool = False
     """Write checkpoints while training goes on; takes main memory for a copy of weights and optimizer."""
     export: bool = True
@@ -323,11 +329,12 @@ def _impossible_combinations(loaded: Loaded) -> Iterator[str]:
                 f"{loaded.place(second)}: {second} = {shown(values[1])}: excludes {first} = "
                 f"{shown(values[0])} ({loaded.place(first)}); state one of the two"
             )
-    if train.early_stopping_patience and not loaded.config.eval.every_steps:
+    evaluation = loaded.config.eval
+    if train.early_stopping_patience and not (evaluation.every_steps or evaluation.every_epochs):
         key = "train.early_stopping_patience"
         yield (
             f"{loaded.place(key)}: {key} = {train.early_stopping_patience}: "
-            "needs evaluations while training; set eval.every_steps"
+            "needs evaluations while training; set eval.every_steps or eval.every_epochs"
         )
     if train.max_steps is not None and (train.warmup_steps or 0) > train.max_steps:
         key = "train.warmup_steps"

@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 from launch.checkpoints import (
     MARK,
+    by_update,
     checkpoints_folder,
     damage,
     listed,
     outer_damage,
+    ranking,
     read_state,
     remove,
     update_of,
@@ -56,6 +58,8 @@ class Entry:
     """How many ranks wrote it."""
     loss: float | None = None
     """Validation loss after its update, where it is known."""
+    rank: float | None = None
+    """What ranks it among the best, the lower the better, where it is known."""
 
     @property
     def name(self) -> str:
@@ -88,8 +92,11 @@ def inventory(run: Path, *, verify: bool) -> list[Entry]:
     # A run that goes on may have removed some while they were read.
     found = [_entry(folder, update_of(folder), problems[folder]) for folder in folders if folder.is_dir()]
     found += [_entry(path, update, None, _LEFT[kind]) for path, update, kind in _leftovers(run)]
-    losses = _losses(reversed([entry.folder for entry in found if entry.good]))
-    found = [replace(entry, loss=losses.get(entry.update)) if entry.good else entry for entry in found]
+    losses, ranks = _evaluations(reversed([entry.folder for entry in found if entry.good]))
+    found = [
+        replace(entry, loss=losses.get(entry.update), rank=ranks.get(entry.update)) if entry.good else entry
+        for entry in found
+    ]
     return sorted(found, key=lambda entry: (-entry.update, not entry.good, entry.name))
 
 
@@ -98,9 +105,9 @@ def newest(entries: Iterable[Entry]) -> Entry | None:
     return max((entry for entry in entries if entry.good), key=lambda entry: entry.update, default=None)
 
 
-def by_loss(entries: Iterable[Entry]) -> list[Entry]:
-    """The good ones whose validation loss is known, the best first; of equals the first saved."""
-    scored = [(entry.loss, entry.update, entry) for entry in entries if entry.good and entry.loss is not None]
+def best_first(entries: Iterable[Entry]) -> list[Entry]:
+    """The good ones that were evaluated, by what `eval.best_metric` says; of equals the first saved."""
+    scored = [(entry.rank, entry.update, entry) for entry in entries if entry.good and entry.rank is not None]
     return [entry for *_, entry in sorted(scored, key=lambda item: item[:2])]
 
 
@@ -139,13 +146,16 @@ def _entry(folder: Path, update: int, problem: str | None, state: State | None =
     )
 
 
-def _losses(folders: Iterable[Path]) -> dict[int, float]:
-    """Validation losses by update; a later checkpoint knows one that was computed only after its own was saved."""
+def _evaluations(folders: Iterable[Path]) -> tuple[dict[int, float], dict[int, float]]:
+    """Validation losses and ranks by update; a later checkpoint knows those that came only after its own was saved."""
     losses: dict[int, float] = {}
+    ranks: dict[int, float] = {}
     for folder in folders:
         with contextlib.suppress(OSError, ValueError, KeyError):
-            losses |= {int(update): loss for update, loss in read_state(folder)["losses"].items()}
-    return losses
+            state = read_state(folder)
+            losses |= by_update(state["losses"])
+            ranks |= ranking(state)
+    return losses, ranks
 
 
 # --- pruning ---------------------------------------------------------------------------------------------
@@ -158,7 +168,7 @@ def superfluous(entries: list[Entry], keep_last: int | None, keep_best: int) -> 
     look at. Those set aside may go once there is a good one.
     """
     good = [entry for entry in entries if entry.good]
-    kept = {entry.folder for entry in [*good[:keep_last], *by_loss(good)[:keep_best]]}
+    kept = {entry.folder for entry in [*good[:keep_last], *best_first(good)[:keep_best]]}
 
     def may_go(entry: Entry) -> bool:
         if entry.state == "set aside as damaged":
@@ -195,7 +205,7 @@ TITLES = ("name", "update", "saved", "size", "ranks", "validation loss", "state"
 
 def rows(entries: list[Entry]) -> list[list[str]]:
     """A line of the table each."""
-    going_on, best = newest(entries), next(iter(by_loss(entries)), None)
+    going_on, best = newest(entries), next(iter(best_first(entries)), None)
     return [
         [
             entry.name,
@@ -213,7 +223,7 @@ def rows(entries: list[Entry]) -> list[list[str]]:
 
 def as_json(run: Path, entries: list[Entry], removed: list[Entry], *, verified: bool) -> dict[str, Any]:
     """All of it as plain data."""
-    best = by_loss(entries)
+    best = best_first(entries)
     going_on = newest(entries)
     return {
         "run": str(run),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import sys
 import time
@@ -121,6 +122,7 @@ def decide(file: str, overrides: list[str], out: Path | None, world: World, mach
     cache = Cache(cache_folder())
     preview = recipe.preview(RecipeContext(cache, loaded.config.train.seed))
     folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
+    _check_best_metric(loaded, preview)
     machine = machine or read_machine()
     outside = read_outside(loaded, world)
     loaded = take_over(loaded, outside)
@@ -138,6 +140,17 @@ def decide(file: str, overrides: list[str], out: Path | None, world: World, mach
             "deepspeed is not installed; pip install 'shoal[deepspeed]', or use parallel.strategy=fsdp2"
         )
     return Decided(plan, loaded, recipe)
+
+
+def _check_best_metric(loaded: Loaded, preview: Preview) -> None:
+    name, known = loaded.config.eval.best_metric, ("loss", *(preview.metrics or ()))
+    if preview.metrics is not None and name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(
+            f"{loaded.place('eval.best_metric')}: eval.best_metric = {name}: {loaded.config.recipe} has no such "
+            f"metric; {hint}it has {', '.join(known)}"
+        )
 
 
 def default_run_folder(recipe: str) -> Path:

@@ -59,6 +59,11 @@ def check_data(config: RunConfig, prepared: Prepared) -> None:
                 f"recipe = {config.recipe}: its {name} data is a {type(data).__name__}; it must have __len__ and "
                 "__getitem__, or an __iter__ that begins with the first sample each time it is called"
             )
+    if is_stream(prepared.train) and config.eval.every_epochs is not None:
+        raise ConfigError(
+            f"eval.every_epochs = {config.eval.every_epochs}: the training data of {config.recipe} is a stream, of "
+            "which only the end tells the length; state eval.every_steps instead"
+        )
     if is_stream(prepared.train) and config.train.epochs is not None:
         raise ConfigError(
             f"train.epochs = {config.train.epochs:g}: the training data of {config.recipe} is a stream, of which only "

@@ -75,6 +75,40 @@ class Stream(Protocol):
 
 Batch = Mapping[str, "torch.Tensor"]
 
+Metrics = dict[str, Any]
+"""Names with numbers; beside them any plain data worth keeping, such as a confusion matrix or examples."""
+
+
+class Inference(Protocol):
+    """The model as an evaluation uses it: the same to a recipe whatever shards it, in evaluation mode, no gradients."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Its forward pass, which gives what the class of the model gives."""
+
+    def generate(self, **settings: Any) -> torch.Tensor:
+        """Token ids, shape `(batch, seq)`, by `GenerationMixin.generate` with these settings.
+
+        Where ranks share the weights, all of them go on until the last has finished its own.
+        """
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a recipe finds metrics that do not follow from the mean loss."""
+
+    predict: Callable[[Inference, Batch], tuple[torch.Tensor, list[Any]]]
+    """Of a batch the summed loss, as `Prepared.loss` gives it, and for each sample what `measure` needs of it.
+
+    Plain data (numbers, text, lists), and little: it is kept for every sample and sent between ranks, so never logits.
+    """
+    measure: Callable[[list[Any]], Metrics]
+    """Metrics from what was predicted of the validation samples, in their order; all, or the first so many of them.
+
+    Called on one rank. Numbers are recorded; what else it returns is kept in the run folder, under `eval/`.
+    """
+    lowest_is_best: tuple[str, ...] = ()
+    """Names of metrics that are better the lower they are; of any other, higher is better."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -100,6 +134,8 @@ class Preview:
 
     samples: int | None = None
     tokens_per_sample: int | None = None
+    metrics: tuple[str, ...] | None = None
+    """Names of the numbers that an evaluation gives beside `loss`."""
 
 
 @dataclass(frozen=True)
@@ -120,5 +156,9 @@ class Prepared:
     """Number of targets in a batch (CPU tensors); the engine divides by its sum over all ranks."""
     loss_metrics: Callable[[float], dict[str, float]] = lambda mean_loss: {}
     """Metrics that follow from the mean loss alone, such as perplexity; the first one is the headline."""
+    scoring: Scoring | None = None
+    """Metrics of predictions; None: the loss, and what follows from it, says all."""
+    targets: tuple[str, ...] = ("labels",)
+    """Names in a batch that are for the loss alone: the model's forward pass is not given them."""
     sample_prompt: str | None = None
     """Continued by the exported model at the end; None: no sample."""

@@ -16,7 +16,7 @@ HARMLESS_SECTIONS = ("track", "save", "parallel", "cluster")
 HARMLESS_KEYS = (
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile"),
     *("train.early_stopping_patience", "train.early_stopping_min_delta"),
-    *("eval.batch_size", "eval.every_steps", "eval.at_start"),
+    *("eval.batch_size", "eval.every_steps", "eval.every_epochs", "eval.at_start"),
 )
 
 

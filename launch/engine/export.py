@@ -79,10 +79,19 @@ def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prep
     inputs = {
         name: tensor[:, :PROBE_COLUMNS].contiguous() if tensor.dim() > 1 else tensor
         for name, tensor in batch.items()
-        if name != "labels"
+        if name not in prepared.targets
     }
     with torch.no_grad():
-        logits = live(**send_to_device(inputs, accelerator.device)).logits
+        output = live(**send_to_device(inputs, accelerator.device))
     if accelerator.is_main_process:
         told = {"tied": json.dumps(tied_names(unwrapped(model))), "sums": json.dumps(sums)}
-        save_file({**inputs, "logits": logits.float().cpu().contiguous()}, path, metadata=told)
+        save_file({**inputs, **logits_of(output)}, path, metadata=told)
+
+
+def logits_of(output: Any) -> dict[str, torch.Tensor]:
+    """What a model says, on the CPU in fp32: `logits`, or `start_logits` and `end_logits` of an extractive one."""
+    return {
+        name: value.detach().float().cpu().contiguous()
+        for name, value in output.items()
+        if name.endswith("logits") and isinstance(value, torch.Tensor)
+    }

@@ -16,7 +16,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from launch.engine.export import sum_of
+from launch.engine.export import logits_of, sum_of
 
 TOLERANCE = 1e-5
 """Largest difference of a logit, relative to the largest logit (at least 1)."""
@@ -45,13 +45,16 @@ def _model_in(name_or_folder: str) -> Any:
 
 def difference(model: Any, probe: Path, device: str) -> float:
     """Largest difference between the model's logits and those written when it was live, relative as in TOLERANCE."""
-    tensors = load_file(probe, device=device)
-    expected = tensors.pop("logits")
+    tensors = load_file(probe)
+    expected = {name: tensors.pop(name) for name in list(tensors) if name.endswith("logits")}
     with torch.no_grad():
-        got = model.to(device)(**tensors).logits.float()
-    if got.shape != expected.shape:
+        got = logits_of(model.to(device)(**{name: value.to(device) for name, value in tensors.items()}))
+    if not expected or {n: v.shape for n, v in got.items()} != {n: v.shape for n, v in expected.items()}:
         return float("inf")
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+    differences = [
+        (got[name] - value).abs().max() / value.abs().max().clamp(min=1.0) for name, value in expected.items()
+    ]
+    return float(torch.stack(differences).max())
 
 
 def unlike(model: Any, probe: Path) -> list[str]:

@@ -14,11 +14,13 @@ from accelerate import Accelerator
 
 from launch.checkpoints import (
     DamagedError,
+    by_update,
     free_bytes,
     listed,
     newest_complete,
     outer_damage,
     prune,
+    ranking,
     read_state,
     update_of,
 )
@@ -71,6 +73,7 @@ class Keeper:
         self._model, self._optimizer, self._signal = model, optimizer, signal
         self._checkpointer = Checkpointer(accelerator, run, files, asynchronous=save.asynchronous)
         self._losses: dict[int, float] = {}
+        self._ranks: dict[int, float] = {}
         self._saved = 0
         self._data: dict[str, Any] = {}
         self._last_save = time.monotonic()
@@ -83,9 +86,9 @@ class Keeper:
         due = minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
         return due and self._accelerator.is_main_process, self._checkpointer.written
 
-    def heard(self, update: int, loss: float) -> None:
-        """Take note of a validation loss, the same on every rank."""
-        self._losses[update] = loss
+    def heard(self, update: int, loss: float, rank: float) -> None:
+        """Take note of a validation loss, and of the value that ranks evaluations, the lower the better."""
+        self._losses[update], self._ranks[update] = loss, rank
 
     def after_update(self, position: Position, state: State, requests: Requests, *, best: bool, stop: bool) -> bool:
         """Save if it is time to; True where a signal came in the meantime, on every rank alike."""
@@ -112,6 +115,7 @@ class Keeper:
             "world_size": self._accelerator.num_processes,
             "data": self._data,
             "losses": self._losses,
+            "ranking": self._ranks,
             "versions": versions(),
         }
         failed = self._checkpointer.begin(position.update, held, content)
@@ -151,9 +155,9 @@ class Keeper:
             self.tracker.write("save", update, folder=folder, seconds=seconds, stall_seconds=stall)
 
     def _best(self) -> list[int]:
-        """Updates of the saved checkpoints with the lowest validation losses; of equals the first."""
+        """Updates of the saved checkpoints with the best evaluations; of equals the first."""
         saved = [update_of(folder) for folder in listed(self._run)]
-        scored = sorted((self._losses[update], update) for update in saved if update in self._losses)
+        scored = sorted((self._ranks[update], update) for update in saved if update in self._ranks)
         return [update for _, update in scored[: self._config.keep_best]]
 
     def refuse_without_space(self, parameters: int, optimizer: torch.optim.Optimizer, updates: int) -> None:
@@ -205,7 +209,8 @@ class Keeper:
         state = read_state(folder)
         problem = _contradiction(folder, state, config, self._data)
         raise_together(self._accelerator, problem)
-        self._losses = {int(update): loss for update, loss in state["losses"].items()}
+        self._losses = by_update(state["losses"])
+        self._ranks = ranking(state)
         self._saved = state["position"]["update"]
         return Found(folder, state)
 

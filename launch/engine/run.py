@@ -18,6 +18,7 @@ from launch.engine.blocks import checkpoint_activations, compile_blocks
 from launch.engine.checkpoint import model_files
 from launch.engine.data import Data
 from launch.engine.export import write_model, write_probe
+from launch.engine.inference import Inference
 from launch.engine.keeping import Keeper
 from launch.engine.loop import Step, StepResult, fit
 from launch.engine.loss import Counts
@@ -30,8 +31,10 @@ from launch.engine.sharding import seen_dtypes, tied_names, unwrapped, updates
 from launch.engine.stopping import EarlyStopping, Judgement
 from launch.engine.streams import Reader, first_samples, is_stream
 from launch.engine.tracking import Tracker
+from launch.errors import ConfigError
 from launch.plan import Plan
 from launch.recipe import Batch, Prepared, Samples, Stream
+from launch.schedule import updates_per_epoch
 from launch.strategy import Dtypes
 
 
@@ -56,7 +59,7 @@ class Run:
         self.scores: dict[str, Score] = {}
         """Validation scores `before` and `after` training."""
         self.best: dict[str, float] = {}
-        """The update with the lowest validation loss, and its metrics."""
+        """The update with the best evaluation, and its metrics."""
         self.dtypes: Dtypes | None = None
         """The number formats in use, once an update has shown them."""
         self.position = Position()
@@ -83,7 +86,8 @@ class Run:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if tied != tied_names(unwrapped(self.model)):
             raise RuntimeError(f"{plan.processes.strategy} has untied weights that were one: {tied}")
-        self.loss = _in_autocast(prepared.loss, self._autocast())
+        autocast = self._autocast()
+        self.loss = _in_autocast(prepared.loss, autocast)
         """The recipe's loss, computed in the planned number format."""
         self.evaluation = Evaluation(
             accelerator,
@@ -92,6 +96,8 @@ class Run:
             prepared.count,
             plan.batch.eval_batch_size,
             config.eval.max_samples,
+            prepared.scoring,
+            lambda model: Inference(accelerator, model, autocast),
         )
         scale = LossScale() if config.train.precision == "fp16" else None
         self.step = Step(
@@ -102,7 +108,10 @@ class Run:
             prepared.count,
             self._requests,
         )
-        self._stopping = EarlyStopping(config.train.early_stopping_patience, config.train.early_stopping_min_delta)
+        self._highest = self._highest_is_best()
+        self._stopping = EarlyStopping(
+            config.train.early_stopping_patience, config.train.early_stopping_min_delta, highest=self._highest
+        )
         self._meter = Throughput()
         self._speed = 0.0
         self.tracker: Tracker | None = None
@@ -204,6 +213,7 @@ class Run:
             "trained": self._trained,
             "evaluated": self._evaluated,
             "scores": {when: [score.loss, *astuple(score.counts)] for when, score in self.scores.items()},
+            "metrics": {when: score.metrics for when, score in self.scores.items()},
             "best": self.best,
             "early_stopping": self._stopping.state(),
             "loss_scale": self.step.updates.scale_state(),
@@ -216,7 +226,11 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         self.position = Position(**state["position"])
         self._trained, self._evaluated = state["trained"], state["evaluated"]
-        self.scores = {when: Score(loss, Counts(*counts)) for when, (loss, *counts) in state["scores"].items()}
+        metrics = state.get("metrics", {})  # which checkpoints of the first releases lack
+        self.scores = {
+            when: Score(loss, Counts(*counts), metrics.get(when, {}))
+            for when, (loss, *counts) in state["scores"].items()
+        }
         self.best = state["best"]
         self._stopping.restore(state["early_stopping"])
         self.step.updates.restore_scale(state["loss_scale"])
@@ -282,7 +296,7 @@ class Run:
         stop, best = bool(result.requests.stop), False
         with self._meter.paused():
             self._trained = update == total
-            if config.eval.every_steps and update % config.eval.every_steps == 0:
+            if self._is_time_to_evaluate(update):
                 judgement = self._evaluate_and_judge(update)
                 self._evaluated = judgement is not None
                 if judgement is not None:
@@ -337,9 +351,10 @@ class Run:
             self.scores["after"] = score
         if judgement.stop and update < self.schedule.total:
             patience = self.plan.config.train.early_stopping_patience
+            name = self.plan.config.eval.best_metric
             self.display.say(
-                f"stopped early at update {update}: {patience} evaluations in a row without a better validation loss "
-                f"than {self._stopping.best:.4f}"
+                f"stopped early at update {update}: {patience} evaluations in a row without a better validation {name} "
+                f"than {self.best.get(name, float('nan')):.4f}"
             )
         return judgement
 
@@ -351,11 +366,12 @@ class Run:
         if score is None:
             return None, Judgement(best=False, stop=False)
         metrics = self.metrics(score)
-        judgement = from_main(self.accelerator, self._stopping.judge(score.loss))
+        value = self._deciding(metrics)
+        judgement = from_main(self.accelerator, self._stopping.judge(value))
         if judgement.best:
             self.best = {"update": update, **metrics}
         if self.keeper:
-            self.keeper.heard(update, score.loss)
+            self.keeper.heard(update, score.loss, -value if self._highest else value)
         if self.tracker:
             self.tracker.write(
                 "eval",
@@ -365,13 +381,40 @@ class Run:
                 targets=score.counts.targets,
                 best=judgement.best,
             )
+            self.tracker.keep_evaluation(update, metrics | score.details)
         shown = "  ".join(f"{name} {value:,.4f}" for name, value in metrics.items())
         self.display.say(f"update {update:>5}: validation {shown}")
         return score, judgement
 
     def metrics(self, score: Score) -> dict[str, float]:
-        """The validation loss, and what the recipe makes of it."""
-        return {"loss": score.loss, **self.prepared.loss_metrics(score.loss)}
+        """The validation loss, and what the recipe makes of it and of its predictions."""
+        return {"loss": score.loss, **self.prepared.loss_metrics(score.loss), **score.metrics}
+
+    def _is_time_to_evaluate(self, update: int) -> bool:
+        every, epochs = self.plan.config.eval.every_steps, self.plan.config.eval.every_epochs
+        samples = _size(self.prepared.train)
+        if epochs and samples is not None:
+            if update % (epochs * updates_per_epoch(samples, self.plan.batch.global_batch_size)) == 0:
+                return True
+        return every is not None and update % every == 0
+
+    def _highest_is_best(self) -> bool:
+        config, scoring = self.plan.config.eval, self.prepared.scoring
+        if config.best_is != "auto":
+            return config.best_is == "highest"
+        lowest = ("loss", *self.prepared.loss_metrics(0.0), *(scoring.lowest_is_best if scoring else ()))
+        return config.best_metric not in lowest
+
+    def _deciding(self, metrics: dict[str, float]) -> float:
+        """The value that tells the best evaluation.
+
+        Raises:
+            ConfigError: the recipe gives no such metric.
+        """
+        name = self.plan.config.eval.best_metric
+        if name not in metrics:
+            raise ConfigError(f"eval.best_metric = {name}: an evaluation gives {', '.join(metrics)}; name one of these")
+        return metrics[name]
 
     def result(self) -> dict[str, Any]:
         """What came out, as plain data."""

@@ -1,19 +1,25 @@
-"""Exact evaluation over all ranks: each sample once, summed losses divided by the number of targets."""
+"""Exact evaluation over all ranks: each sample once, summed losses divided by the number of targets.
+
+Metrics are not averages over ranks either: what was predicted of every sample is brought together, in the order of the
+samples, and one rank measures it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 
-from launch.engine.agree import any_rank
+from launch.engine.agree import any_rank, from_main, raise_together
 from launch.engine.batching import Loader, Order, Work
 from launch.engine.loss import Counts, count_batch, count_over_ranks, precise_dtype
 from launch.engine.streams import Reader
-from launch.recipe import Batch
+from launch.errors import LaunchError
+from launch.recipe import Batch, Inference, Metrics, Scoring
 
 ASK_EVERY = 8
 """Batches between two questions whether to break off: the answer is an exchange between ranks."""
@@ -25,6 +31,10 @@ class Score:
 
     loss: float
     counts: Counts
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the recipe has measured, as far as it is numbers."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else it has found out; on rank 0 only."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,9 @@ class Evaluation:
     count: Callable[[Batch], int]
     batch_size: int
     max_samples: int | None = None
+    scoring: Scoring | None = None
+    inference: Callable[[torch.nn.Module], Inference] | None = None
+    """The model as the recipe uses it to predict; needed where there is a scoring."""
 
     @property
     def size(self) -> int | None:
@@ -61,6 +74,7 @@ class Evaluation:
         accelerator = self.accelerator
         precise = precise_dtype(accelerator.device)
         total = torch.zeros((), dtype=precise, device=accelerator.device)
+        predictions: list[tuple[int, Any]] = []
         counted = Counts()
         was_training = model.training
         model.eval()
@@ -68,9 +82,11 @@ class Evaluation:
         with torch.no_grad():
             for number, (window, (batch,)) in enumerate(self._work(), 1):
                 (cell,) = window.micro_batches
-                summed = self.loss(model, send_to_device(batch, accelerator.device, non_blocking=True))
+                on_device = send_to_device(batch, accelerator.device, non_blocking=True)
+                summed, predicted = self._predict(model, on_device)
                 if not cell.filler:
                     total += summed.to(precise)
+                    predictions += zip(cell.samples, predicted, strict=True) if self.scoring else ()
                 counted += count_batch(cell, batch, self.count)
                 advance(window.consumed - finished)
                 finished = window.consumed
@@ -80,7 +96,30 @@ class Evaluation:
         model.train(was_training)
         total = accelerator.reduce(total, "sum")
         counts, _ = count_over_ranks(accelerator, counted)
-        return Score(float(total) / max(counts.targets, 1), counts)
+        return Score(float(total) / max(counts.targets, 1), counts, *self._measure(predictions))
+
+    def _predict(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[Any]]:
+        if self.scoring is None:
+            return self.loss(model, batch), []
+        assert self.inference is not None, "a scoring comes with it"
+        return self.scoring.predict(self.inference(model), batch)
+
+    def _measure(self, predictions: list[tuple[int, Any]]) -> tuple[dict[str, float], dict[str, Any]]:
+        """Metrics of the predictions of all ranks, the same on each; details on rank 0."""
+        if self.scoring is None:
+            return {}, {}
+        gathered: list[tuple[int, Any]] = gather_object(predictions)
+        found: Metrics = {}
+        problem: LaunchError | None = None
+        if self.accelerator.is_main_process:
+            in_order = [prediction for _, prediction in sorted(gathered, key=lambda pair: pair[0])]
+            try:
+                found = self.scoring.measure(in_order)
+            except LaunchError as error:
+                problem = error
+        raise_together(self.accelerator, problem)
+        numbers = {name: float(value) for name, value in found.items() if _is_number(value)}
+        return from_main(self.accelerator, numbers), {k: v for k, v in found.items() if k not in numbers}
 
     def _work(self) -> Work:
         """The samples as they lie, in windows of one batch per rank."""
@@ -91,3 +130,7 @@ class Evaluation:
         rank, world_size = accelerator.process_index, accelerator.num_processes
         order = Order(size, self.batch_size * world_size, self.batch_size, None, rank, world_size)
         return self.data.load(lambda: order.windows(1, order.per_epoch))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -18,11 +18,12 @@ class Judgement:
 
 
 class EarlyStopping:
-    """Judges one validation loss after the other."""
+    """Judges one value after the other; the lower the better, unless `highest`."""
 
-    def __init__(self, patience: int | None, min_delta: float) -> None:
+    def __init__(self, patience: int | None, min_delta: float, *, highest: bool = False) -> None:
         self.best = math.inf
-        """The lowest loss so far."""
+        """The best value so far; of values that are better the higher they are, its negative."""
+        self._sign = -1.0 if highest else 1.0
         self._to_beat = math.inf
         self._patience = patience
         self._min_delta = min_delta
@@ -43,8 +44,9 @@ class EarlyStopping:
         self._to_beat = math.inf if to_beat is None else to_beat
         self._without_better = state["without_better"]
 
-    def judge(self, loss: float) -> Judgement:
-        """Take note of a loss; a better one is lower by more than `min_delta` than the last better one."""
+    def judge(self, value: float) -> Judgement:
+        """Take note of a value; a better one is so by more than `min_delta` than the last better one."""
+        loss = self._sign * value
         best = loss < self.best
         if best:
             self.best = loss

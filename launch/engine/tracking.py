@@ -62,6 +62,15 @@ class Tracker:
             numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
             self._wandb.log({f"{kind}/{name}": value for name, value in numbers.items()} | {"update": update})
 
+    def keep_evaluation(self, update: int, found: Mapping[str, Any]) -> None:
+        """Write all that an evaluation found to eval/step-000100.json, figures and details alike."""
+        path = self._path.parent / "eval" / f"step-{update:06d}.json"
+        with contextlib.suppress(OSError):  # the disk is full; the figures are in metrics.jsonl too
+            path.parent.mkdir(exist_ok=True)
+            aside = path.with_suffix(".writing")
+            aside.write_text(json.dumps({"update": update, **found}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            aside.replace(path)
+
     def _write_waiting(self) -> None:
         while self._waiting:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
