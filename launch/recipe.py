@@ -160,5 +160,7 @@ class Prepared:
     """Metrics of predictions; None: the loss, and what follows from it, says all."""
     targets: tuple[str, ...] = ("labels",)
     """Names in a batch that are for the loss alone: the model's forward pass is not given them."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the preparation has counted, as plain data, such as rows, empty rows and texts cut short."""
     sample_prompt: str | None = None
     """Continued by the exported model at the end; None: no sample."""

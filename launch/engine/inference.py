@@ -63,6 +63,7 @@ def _whole_root(model: Any) -> Iterator[None]:
     if not isinstance(model, FSDPModule):
         yield
         return
+    model._get_fsdp_state()._lazy_init()  # else the first part that is called takes itself for the whole
     model.unshard()
     try:
         yield

@@ -27,7 +27,7 @@ from launch.engine.optim import make_optimizer
 from launch.engine.precision import Autocast, LossScale, check, forward_dtypes
 from launch.engine.progress import Display
 from launch.engine.scoring import Evaluation, Score
-from launch.engine.sharding import seen_dtypes, tied_names, unwrapped, updates
+from launch.engine.sharding import seen_dtypes, spread, unwrapped, updates
 from launch.engine.stopping import EarlyStopping, Judgement
 from launch.engine.streams import Reader, first_samples, is_stream
 from launch.engine.tracking import Tracker
@@ -82,10 +82,7 @@ class Run:
             model = model.to(accelerator.device)
         self._seed_by_rank()
         optimizer = make_optimizer(model, config.train, fused=accelerator.device.type == "cuda")
-        tied = tied_names(model)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        if tied != tied_names(unwrapped(self.model)):
-            raise RuntimeError(f"{plan.processes.strategy} has untied weights that were one: {tied}")
+        self.model, self.optimizer = spread(accelerator, model, optimizer)
         autocast = self._autocast()
         self.loss = _in_autocast(prepared.loss, autocast)
         """The recipe's loss, computed in the planned number format."""

@@ -19,6 +19,7 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
+    fsdp_utils,
     patch_environment,
 )
 from torch.distributed import distributed_c10d
@@ -142,6 +143,46 @@ def _fsdp_plugin(strategy: Strategy, on_cpu: bool, forward: torch.dtype) -> Full
         cpu_offload=offload,
         mixed_precision_policy=MixedPrecisionPolicy(param_dtype=forward, reduce_dtype=torch.float32),
     )
+
+
+def spread(accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Model and optimizer as the strategy has them. Every rank must call this.
+
+    Raises:
+        RuntimeError: weights that were one are several now.
+    """
+    tied = tied_names(model)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    with _shared_weights_stay_together(model) if sharded else contextlib.nullcontext():
+        model, optimizer = accelerator.prepare(model, optimizer)
+    if tied != tied_names(unwrapped(model)):
+        raise RuntimeError(f"{accelerator.distributed_type} has untied weights that were one: {tied}")
+    return model, optimizer
+
+
+@contextlib.contextmanager
+def _shared_weights_stay_together(model: Any) -> Iterator[None]:
+    """Let Accelerate leave what belongs to no block to the whole model where several parts of that share a weight.
+
+    Accelerate 1.15 makes units of embeddings and head (`fsdp2_prepare_model`). An encoder-decoder has its embeddings
+    in two more places, and torch refuses a weight that is in two units.
+    """
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    if all(len(modules) == 1 or modules <= ends for modules in owners.values()):
+        yield
+        return
+    find_final_norm = fsdp_utils._find_final_norm
+    fsdp_utils._find_final_norm = lambda model: None
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        fsdp_utils._find_final_norm = find_final_norm
+        del model.get_input_embeddings, model.get_output_embeddings
 
 
 @contextlib.contextmanager
