@@ -250,6 +250,8 @@ def work(start: Start, stop: StopRequest) -> None:
             run = Run(start.plan, folder, prepared, data, accelerator, display, lambda: stop.number)
             if start.trials:
                 return _try_sizes(run)
+            if accelerator.is_main_process:
+                _look_at_data(prepared, folder, display)
             run.train()
         _leave(accelerator)
         if run.stopped is not None:
@@ -315,6 +317,16 @@ def _prepare(start: Start, display: Display) -> tuple[Prepared | None, LaunchErr
         return prepare(start.recipe, start.plan.config, display)[0], None
     except LaunchError as error:
         return None, error
+
+
+def _look_at_data(prepared: Prepared, folder: Path, display: Display) -> None:
+    """Say what the data look like, and keep it. Rank 0."""
+    from launch.engine.preflight import QUICK, look
+
+    found = look(prepared, QUICK)
+    for line in found.lines():
+        display.say(line)
+    write_json(folder / "data.json", found.as_json())
 
 
 def _say_stopped(run: Run) -> None:
