@@ -22,4 +22,6 @@ class MatthewsCorrelation(evaluate.Metric):
         truth, guess = read_labels(predictions, references)
         if truth.ndim > 1:
             raise DataError("metrics: matthews_correlation is defined for one label per row; for multi-label take f1")
+        if truth.min() == truth.max():
+            return {"matthews_correlation": 0.0}  # scikit-learn says the same, with a warning if the guesses agree
         return {"matthews_correlation": float(matthews_corrcoef(truth, guess))}
