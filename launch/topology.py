@@ -194,6 +194,14 @@ def hub_is_off(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
 
+def evaluate_modules_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where `evaluate` keeps the code of metrics from the Hub, a folder for each."""
+    cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = environ.get("HF_HOME") or f"{cache}/huggingface"
+    modules = environ.get("HF_MODULES_CACHE") or f"{home}/modules"
+    return Path(modules).expanduser() / "evaluate_modules" / "metrics"
+
+
 def is_supervised(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether `shoal run` started this worker: it shows our stdout, keeps our stderr, and reports our failure."""
     return environ.get("SHOAL_SUPERVISED") == "1"

@@ -210,7 +210,7 @@ def check_hub(key: str, name: str, kind: Literal["model", "dataset"]) -> None:
         return
     if hub_is_off():
         why = "the Hub is switched off (HF_HUB_OFFLINE)"
-    elif not _hub_answers():
+    elif not hub_answers():
         why = f"the Hub did not answer within {HUB_SECONDS:g} s"
     else:
         return
@@ -231,7 +231,8 @@ def _is_cached(name: str, kind: Literal["model", "dataset"]) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
+    """Whether the Hub can be reached within HUB_SECONDS."""
     from urllib.parse import urlparse
 
     from huggingface_hub import constants
