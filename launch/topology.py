@@ -5,12 +5,13 @@ Counts devices without importing torch, because `shoal plan` must answer in a mo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -192,6 +193,21 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
 def hub_is_off(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the user switched the Hugging Face Hub off (HF_HUB_OFFLINE)."""
     return environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
+@contextlib.contextmanager
+def tokenizers_without_threads(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Processes started meanwhile run their tokenizers in one thread each, for good."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = environ.get(name)
+    environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del environ[name]
+        else:
+            environ[name] = before
 
 
 def is_supervised(environ: Mapping[str, str] = os.environ) -> bool:

@@ -344,8 +344,9 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, context: RecipeContext, mode
 def test_files_and_folders_that_are_not_there(tmp_path: Path, context: RecipeContext, model_folder: Path) -> None:
     error = failure(context, arguments(model_folder, train_files=(str(tmp_path / "no.txt"),)))
     assert str(error) == f"recipe_args.train_files: {tmp_path}/no.txt: no such file"
-    error = failure(context, arguments(model_folder, train_files=(str(tmp_path),)))
-    assert "is not a file" in str(error)
+    (tmp_path / "empty").mkdir()
+    error = failure(context, arguments(model_folder, train_files=(str(tmp_path / "empty"),)))
+    assert "holds no file whose name ends in .txt, " in str(error)
     error = failure(context, Args(model=str(tmp_path / "no")))
     assert str(error) == f"recipe_args.model = {tmp_path}/no: no such folder"
 
