@@ -170,15 +170,19 @@ def load_rows(
         ConfigError: neither a dataset nor files are named, and the recipe has no embedded rows.
         DataError: the rows cannot be read, or there is none to train or to evaluate on.
     """
-    source = _source(args, columns, embedded, readers)
+
+    def source() -> _Source:
+        return _source(args, columns, embedded, readers)
+
     identity = rows_identity(args, columns, embedded)
     key = {name: part for name, part in identity.items() if args.streaming or name != "limits"}
-    folder = context.cache.folder("rows", key, lambda aside: _write(args, source, aside, context))
+    folder = context.cache.folder("rows", key, lambda aside: _write(args, source(), aside, context))
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     validation = _limited(open_table(folder / "validation.arrow"), args.max_validation_samples, args.split_seed)
     if args.streaming:
         limit = facts.pop("limit")
-        stream = RowStream(lambda: itertools.islice(_training_rows(args, source, limit), args.max_train_samples))
+        found = source()
+        stream = RowStream(lambda: itertools.islice(_training_rows(args, found, limit), args.max_train_samples))
         return Splits(stream, validation, dict(identity), facts)
     train = _limited(open_table(folder / "train.arrow"), args.max_train_samples, args.split_seed)
     facts["train"]["rows"], facts["validation"]["rows"] = len(train), len(validation)
@@ -209,24 +213,19 @@ def _source(args: RowArgs, columns: Mapping[str, str], embedded: EmbeddedRows | 
     if args.dataset:
         return _dataset_source(args, columns)
     if args.train_files:
-        train, validation = (
-            _file_rows(args, find_files(getattr(args, key), f"recipe_args.{key}"), columns, readers)
-            for key in ("train_files", "validation_files")
-        )
+        train, validation = (_file_rows(args, f"{split}_files", columns, readers) for split in ("train", "validation"))
         return _Source("recipe_args.train_files", train, validation if args.validation_files else None)
     if embedded is None:
         raise ConfigError("this recipe has no rows of its own; set recipe_args.train_files or recipe_args.dataset")
     return _Source(embedded.name, embedded.make, embedded.validation)
 
 
-def _file_rows(
-    args: RowArgs, files: tuple[Path, ...], columns: Mapping[str, str], readers: Readers
-) -> Callable[[], Iterator[Row]]:
+def _file_rows(args: RowArgs, key: str, columns: Mapping[str, str], readers: Readers) -> Callable[[], Iterator[Row]]:
     names = canonical(columns)
 
     def rows() -> Iterator[Row]:
-        for path in files:
-            check_columns([path], columns, "recipe_args.train_files", args.column_names, readers)
+        for path in find_files(getattr(args, key), f"recipe_args.{key}"):
+            check_columns([path], columns, f"recipe_args.{key}", args.column_names, readers)
             for row in read_rows(path, args.column_names, readers, list(names.values())):
                 yield {name: row.get(column) for name, column in names.items()}
 
@@ -317,7 +316,7 @@ def _limit(args: RowArgs, source: _Source) -> int:
 def _write_split(
     rows: Iterator[Row], path: Path, features: datasets.Features | None, where: str, context: RecipeContext
 ) -> dict[str, Any]:
-    writer = TableWriter(path, features.arrow_schema if features else None)
+    writer = TableWriter(path, where, features.arrow_schema if features else None)
     empty: dict[str, int] = {}
     for batch in in_batches(rows, BATCH_OF_ROWS):
         columns = {name: [row[name] for row in batch] for name in batch[0]}

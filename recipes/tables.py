@@ -22,8 +22,8 @@ class TableWriter:
     ones) has the file written once more.
     """
 
-    def __init__(self, path: Path, stated: pa.Schema | None = None) -> None:
-        self._path = path
+    def __init__(self, path: Path, where: str, stated: pa.Schema | None = None) -> None:
+        self._path, self._where = path, where
         self._metadata = stated.metadata if stated is not None else None
         self._schema: pa.Schema | None = None
         self._writer: pa.ipc.RecordBatchStreamWriter | None = None
@@ -41,7 +41,7 @@ class TableWriter:
         if self._schema is None:
             self._open(batch.schema)
         elif batch.schema != self._schema:
-            with kinds_told(str(self._path.stem)):
+            with kinds_told(self._where):
                 self._widen(pa.unify_schemas([self._schema, batch.schema], promote_options="permissive"))
             batch = _as(batch, self._schema)
         assert self._writer is not None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import random
 from pathlib import Path
@@ -127,6 +128,19 @@ def test_every_format_gives_the_same_tokens(
     WRITERS[suffix](path, texts)
     args = arguments(model_folder, train_files=(str(path),), validation_files=(str(path),), documents="row")
     assert all_ids(prepare(args, context).train) == [token for text in texts for token in [*ids(text), 1]]
+
+
+def test_a_glob_and_a_compressed_file_give_the_same_tokens(
+    tmp_path: Path, context: RecipeContext, model_folder: Path
+) -> None:
+    first, second = documents(5), documents(5, seed=1)
+    write_text(tmp_path / "a.txt", first)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(("\n".join(second) + "\n").encode()))
+    paths = (str(tmp_path / "*.txt*"),)
+    args = arguments(model_folder, train_files=paths, validation_files=paths)
+    expected = [*(token for text in first + second for token in ids(text)), 1]
+    assert all_ids(prepare(args, context).train) == expected
+    assert preview(args, context).samples == -(-len(expected) // 8)
 
 
 @pytest.mark.parametrize(
