@@ -138,7 +138,7 @@ def test_a_glob_and_a_compressed_file_give_the_same_tokens(
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(("\n".join(second) + "\n").encode()))
     paths = (str(tmp_path / "*.txt*"),)
     args = arguments(model_folder, train_files=paths, validation_files=paths)
-    expected = [*(token for text in first + second for token in ids(text)), 1]
+    expected = [token for texts in (first, second) for token in [*ids(" ".join(texts)), 1]]
     assert all_ids(prepare(args, context).train) == expected
     assert preview(args, context).samples == -(-len(expected) // 8)
 
