@@ -5,12 +5,13 @@ Counts devices without importing torch, because `shoal plan` must answer in a mo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -200,6 +201,21 @@ def evaluate_modules_folder(environ: Mapping[str, str] = os.environ) -> Path:
     home = environ.get("HF_HOME") or f"{cache}/huggingface"
     modules = environ.get("HF_MODULES_CACHE") or f"{home}/modules"
     return Path(modules).expanduser() / "evaluate_modules" / "metrics"
+
+
+@contextlib.contextmanager
+def tokenizers_without_threads(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Processes started meanwhile run their tokenizers in one thread each, for good."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = environ.get(name)
+    environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del environ[name]
+        else:
+            environ[name] = before
 
 
 def is_supervised(environ: Mapping[str, str] = os.environ) -> bool:

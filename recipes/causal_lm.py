@@ -23,9 +23,9 @@ from launch.cache import file_identity
 from launch.errors import ConfigError, DataError
 from launch.recipe import Batch, HubNameOrFolder, LocalPaths, Prepared, Preview, RecipeContext
 from recipes import embedded
+from recipes.files import find_files, format_of
 from recipes.models import ModelArgs, Source, check_model
 from recipes.text import (
-    FORMATS,
     Documents,
     Piece,
     check_files,
@@ -55,9 +55,9 @@ class Args(ModelArgs):
     dataset_config: str | None = None
     """Configuration of the Hub dataset, such as wikitext-2-raw-v1."""
     train_files: LocalPaths = ()
-    """Local text, csv, tsv, json, jsonl or parquet files to train on, instead of a dataset."""
+    """Files to train on (text, csv, tsv, json, jsonl, parquet, or .gz of these), globs or folders, not a dataset."""
     validation_files: LocalPaths = ()
-    """Local files to evaluate on; none: a part of the training text is held out."""
+    """Files, globs or folders to evaluate on; none: a part of the training text is held out."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
     """Share held out where there is no validation data: whole documents, or the end of a running text."""
     text_column: str = "text"
@@ -141,8 +141,8 @@ def _tokens_key(args: Args, source: Source) -> dict[str, Any]:
         "version": 1,
         "tokenizer": source.tokenizer_identity(),
         "data": [args.dataset, args.dataset_config, args.text_column, args.documents],
-        "train": [file_identity(Path(path)) for path in args.train_files],
-        "validation": [file_identity(Path(path)) for path in args.validation_files] or args.validation_fraction,
+        "train": [file_identity(path) for path in _files(args.train_files)],
+        "validation": [file_identity(path) for path in _files(args.validation_files)] or args.validation_fraction,
     }
 
 
@@ -179,7 +179,8 @@ def _sources(args: Args) -> tuple[Iterator[Piece], Iterator[Piece] | None]:
     """The training text and, where there is any, the validation text."""
     if args.train_files:
         train, validation = (
-            read_files(files, args.text_column, args.documents) for files in (args.train_files, args.validation_files)
+            read_files(_files(files), args.text_column, args.documents)
+            for files in (args.train_files, args.validation_files)
         )
         return train, validation if args.validation_files else None
     if args.dataset is None:
@@ -194,11 +195,15 @@ def _sources(args: Args) -> tuple[Iterator[Piece], Iterator[Piece] | None]:
     return train, validation if "validation" in names else None
 
 
+def _files(names: tuple[str, ...]) -> tuple[Path, ...]:
+    return find_files(names, "recipe_args.train_files")
+
+
 def _is_running_text(args: Args) -> bool:
     """Whether documents are so few and long that validation text is cut off the end instead of chosen."""
     if args.documents != "auto":
         return args.documents == "file"
-    return bool(args.train_files) and all(FORMATS[Path(path).suffix] == "text" for path in args.train_files)
+    return bool(args.train_files) and all(format_of(path) == "text" for path in _files(args.train_files))
 
 
 def _hold_out(pieces: Iterator[Piece], fraction: float) -> Iterator[tuple[str, Piece]]:

@@ -12,7 +12,8 @@ from pydantic import Field, JsonValue
 from launch.cache import Cache, file_identity
 from launch.errors import ConfigError, DataError
 from launch.recipe import HubNameOrFolder, RecipeArgs
-from recipes.text import check_hub, short
+from recipes.files import short
+from recipes.text import check_hub
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -6,28 +6,18 @@ Yields *pieces*: a text, and whether a document ends with it. Checks that need n
 
 from __future__ import annotations
 
-import csv
-import json
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import JsonValue
+
+from launch.cache import file_identity
 from launch.errors import DataError
 from launch.topology import hub_is_off
-
-FORMATS = {
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-}
-"""What a file is read as, by the end of its name."""
+from recipes.files import check_columns, check_named, find_files, format_of, read_lines, read_rows, short
 
 HUB_SECONDS = 2.0
 """How long to try to reach the Hub before saying that it cannot be reached."""
@@ -43,97 +33,32 @@ class Piece:
     ends_document: bool
 
 
-def check_files(paths: tuple[str, ...], text_column: str, key: str) -> None:
+def check_files(names: tuple[str, ...], text_column: str, key: str) -> None:
     """See that files are there, not empty, of a known kind, and have the text column.
 
     Raises:
         DataError: names the file, what it holds and what is needed.
     """
-    for name in paths:
-        path = Path(name)
-        if not path.exists():
-            raise DataError(f"{key}: {path}: no such file")
-        if not path.is_file():
-            raise DataError(f"{key}: {path}: is not a file; name the files, for example {path}/part-0.txt")
-        if path.stat().st_size == 0:
-            raise DataError(f"{key}: {path}: is empty")
-        if path.suffix not in FORMATS:
-            raise DataError(f"{key}: {path}: cannot tell what it holds; a name ends in {', '.join(FORMATS)}")
-        try:
-            columns = _columns(path)
-        except (OSError, ValueError, csv.Error) as error:
-            raise DataError(f"{key}: {path}: cannot be read as {FORMATS[path.suffix]}: {short(error)}") from None
-        if columns is not None and text_column not in columns:
-            raise DataError(
-                f"{key}: {path}: has no column {text_column!r}; it has {', '.join(columns) or 'none'}; "
-                "set recipe_args.text_column"
-            )
+    tables = [path for path in find_files(names, key) if format_of(path) != "text"]
+    check_columns(tables, {"text_column": text_column}, key)
 
 
-def _columns(path: Path) -> list[str] | None:
-    """Column names from the beginning of a file; None for plain text."""
-    kind = FORMATS[path.suffix]
-    if kind == "text":
-        return None
-    if kind == "parquet":
-        from pyarrow import parquet
-
-        return list(parquet.read_schema(path).names)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if kind == "csv":
-            return next(csv.reader(file, delimiter=_delimiter(path)), [])
-        if path.suffix == ".jsonl":
-            first: Any = json.loads(next(line for line in file if line.strip()))
-        else:
-            first = _first_json_row(file.read())
-    if not isinstance(first, dict):
-        raise ValueError('rows must be objects such as {"text": "…"}')
-    return list(first)
-
-
-def _first_json_row(text: str) -> Any:
-    """The first row of a JSON file: of a list of objects, or of objects one after the other."""
-    content, _ = json.JSONDecoder().raw_decode(text.lstrip())
-    return content[0] if isinstance(content, list) and content else content
-
-
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix == ".tsv" else ","
-
-
-def read_files(paths: tuple[str, ...], text_column: str, documents: Documents) -> Iterator[Piece]:
+def read_files(paths: tuple[Path, ...], text_column: str, documents: Documents) -> Iterator[Piece]:
     """The pieces of local files, one after the other, in constant memory.
 
     Raises:
         DataError: a file turns out not to be what its name says.
     """
-    for name in paths:
-        path = Path(name)
-        unit = ("file" if FORMATS[path.suffix] == "text" else "row") if documents == "auto" else documents
-        try:
-            yield from _as_documents(_read_rows(path, text_column), unit)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is not UTF-8 text: {short(error)}") from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as {FORMATS[path.suffix]}: {short(error)}") from None
+    for path in paths:
+        is_text = format_of(path) == "text"
+        unit = ("file" if is_text else "row") if documents == "auto" else documents
+        rows = read_lines(path) if is_text else _texts(path, text_column)  # lines keep their ends
+        yield from _as_documents(rows, unit)
 
 
-def _read_rows(path: Path, text_column: str) -> Iterator[str]:
-    if FORMATS[path.suffix] == "text":
-        with path.open(encoding="utf-8-sig") as file:
-            yield from file  # lines, with their ends
-        return
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    kind = FORMATS[path.suffix]
-    options: dict[str, Any] = {"sep": _delimiter(path)} if kind == "csv" else {}
-    try:
-        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
-        for row in rows.select_columns([text_column]):
-            yield _as_text(row[text_column], path, text_column)
-    except DatasetGenerationError as error:
-        raise ValueError(str(error.__cause__ or error)) from None
+def _texts(path: Path, text_column: str) -> Iterator[str]:
+    for row in read_rows(path, columns=[text_column]):
+        yield _as_text(row.get(text_column), path, text_column)
 
 
 def _as_text(value: Any, where: Path | str, text_column: str) -> str:
@@ -171,33 +96,56 @@ def read_dataset(name: str, config: str | None, split: str, text_column: str, do
     Raises:
         DataError: it cannot be loaded, or has no such column.
     """
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, config, split=split)
-    except Exception as error:  # the Hub, the network and the dataset's own files fail in many ways
-        raise DataError(f"recipe_args.dataset = {name}: split {split!r} cannot be loaded: {short(error)}") from error
-    if text_column not in rows.column_names:
-        raise DataError(
-            f"recipe_args.dataset = {name}: has no column {text_column!r}; it has {', '.join(rows.column_names)}; "
-            "set recipe_args.text_column"
-        )
+    rows = load_split(name, config, split)
+    check_named(rows.column_names, {"text_column": text_column}, f"recipe_args.dataset = {name}")
     texts = (_as_text(row[text_column], name, text_column) for row in rows.select_columns([text_column]))
     yield from _as_documents(texts, "row" if documents == "auto" else documents)
 
 
+def load_split(name: str, config: str | None, split: str, streaming: bool = False) -> Any:
+    """One split of a dataset on the Hub or in a folder, as `datasets` has it.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    from datasets import load_dataset, load_from_disk
+
+    try:
+        if _is_saved(name):
+            return load_from_disk(name)[split]
+        return load_dataset(name, config, split=split, streaming=streaming)
+    except Exception as error:  # the Hub, the network and the dataset's own files fail in many ways
+        raise DataError(f"recipe_args.dataset = {name}: split {split!r} cannot be loaded: {short(error)}") from error
+
+
 def dataset_splits(name: str, config: str | None) -> list[str]:
-    """Names of a hub dataset's splits.
+    """Names of a dataset's splits.
 
     Raises:
         DataError: they cannot be had.
     """
-    from datasets import get_dataset_split_names
+    from datasets import get_dataset_split_names, load_from_disk
 
     try:
-        return list(get_dataset_split_names(name, config))
+        return list(load_from_disk(name) if _is_saved(name) else get_dataset_split_names(name, config))
     except Exception as error:
         raise DataError(f"recipe_args.dataset = {name}: cannot be loaded: {short(error)}") from error
+
+
+def _is_saved(name: str) -> bool:
+    """Whether a folder was written by `DatasetDict.save_to_disk`."""
+    return (Path(name) / "dataset_dict.json").is_file()
+
+
+def dataset_revision(name: str) -> JsonValue:
+    """What changes when a dataset changes: the files of a folder, or the newest commit of a Hub dataset in the cache.
+
+    None: it is not in the cache yet.
+    """
+    if Path(name).is_dir():
+        return [file_identity(path) for path in sorted(Path(name).rglob("*")) if path.is_file()]
+    snapshots = _snapshots(name, "dataset")
+    return max(snapshots, key=lambda path: path.stat().st_mtime_ns).name if snapshots else None
 
 
 def check_hub(key: str, name: str, kind: Literal["model", "dataset"]) -> None:
@@ -206,7 +154,7 @@ def check_hub(key: str, name: str, kind: Literal["model", "dataset"]) -> None:
     Raises:
         DataError: neither, with how to fetch it elsewhere or which local form to use.
     """
-    if _is_cached(name, kind):
+    if _snapshots(name, kind):
         return
     if hub_is_off():
         why = "the Hub is switched off (HF_HUB_OFFLINE)"
@@ -224,11 +172,11 @@ def check_hub(key: str, name: str, kind: Literal["model", "dataset"]) -> None:
     )
 
 
-def _is_cached(name: str, kind: Literal["model", "dataset"]) -> bool:
+def _snapshots(name: str, kind: Literal["model", "dataset"]) -> list[Path]:
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "snapshots"
-    return folder.is_dir() and any(folder.iterdir())
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def hub_answers() -> bool:
@@ -244,9 +192,3 @@ def hub_answers() -> bool:
             return True
     except OSError:
         return False
-
-
-def short(error: BaseException) -> str:
-    """The first line of an error, cut to a readable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:199] + "…"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import random
 from pathlib import Path
@@ -127,6 +128,19 @@ def test_every_format_gives_the_same_tokens(
     WRITERS[suffix](path, texts)
     args = arguments(model_folder, train_files=(str(path),), validation_files=(str(path),), documents="row")
     assert all_ids(prepare(args, context).train) == [token for text in texts for token in [*ids(text), 1]]
+
+
+def test_a_glob_and_a_compressed_file_give_the_same_tokens(
+    tmp_path: Path, context: RecipeContext, model_folder: Path
+) -> None:
+    first, second = documents(5), documents(5, seed=1)
+    write_text(tmp_path / "a.txt", first)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(("\n".join(second) + "\n").encode()))
+    paths = (str(tmp_path / "*.txt*"),)
+    args = arguments(model_folder, train_files=paths, validation_files=paths)
+    expected = [token for texts in (first, second) for token in [*ids(" ".join(texts)), 1]]
+    assert all_ids(prepare(args, context).train) == expected
+    assert preview(args, context).samples == -(-len(expected) // 8)
 
 
 @pytest.mark.parametrize(
@@ -344,8 +358,9 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, context: RecipeContext, mode
 def test_files_and_folders_that_are_not_there(tmp_path: Path, context: RecipeContext, model_folder: Path) -> None:
     error = failure(context, arguments(model_folder, train_files=(str(tmp_path / "no.txt"),)))
     assert str(error) == f"recipe_args.train_files: {tmp_path}/no.txt: no such file"
-    error = failure(context, arguments(model_folder, train_files=(str(tmp_path),)))
-    assert "is not a file" in str(error)
+    (tmp_path / "empty").mkdir()
+    error = failure(context, arguments(model_folder, train_files=(str(tmp_path / "empty"),)))
+    assert "holds no file whose name ends in .txt, " in str(error)
     error = failure(context, Args(model=str(tmp_path / "no")))
     assert str(error) == f"recipe_args.model = {tmp_path}/no: no such folder"
 
