@@ -106,8 +106,8 @@ def _problem_of_loss(prepared: Prepared, once: float, twice: float) -> ConfigErr
     if once == 0 or not math.isfinite(twice / once) or twice / once >= 1.5:
         return None
     return ConfigError(
-        f"{_place(prepared.loss)}: loss() of a sample is {once:.6g}, and of the same sample twice {twice:.6g}: that is a "
-        "mean, with which targets do not count alike; return the sum (reduction='sum')"
+        f"{_place(prepared.loss)}: loss() of a sample is {once:.6g}, and of the same sample twice {twice:.6g}: that is "
+        "a mean, with which targets do not count alike; return the sum (reduction='sum')"
     )
 
 
