@@ -1,16 +1,10 @@
-"""The `shoal` command: reads arguments, prints, and turns every error into one line and an exit code."""
+"""The `shoal` command: its verbs, its way with errors, and the verbs that start and plan runs."""
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shlex
-import subprocess
 import sys
-import textwrap
-from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,35 +13,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperCommand
 
 from launch import __version__, local
 from launch.cache import Cache
-from launch.chaos import INTERRUPTED as INTERRUPTED_RUN
-from launch.chaos import UNDISTURBED, Interruption, Strike, draw, pace_of, run_interrupted, run_undisturbed, settings
-from launch.chaos_report import TITLES as CHAOS_TITLES
-from launch.chaos_report import rows as chaos_rows
-from launch.chaos_report import verdict
-from launch.chaos_report import write_report as write_report_of_chaos
-from launch.checkpoint_export import export
-from launch.config import Key, Loaded, RunConfig, describe, load
-from launch.disk import size_in_words
-from launch.errors import (
-    EXIT_CODES,
-    ConfigError,
-    LaunchError,
-    MemoryExhaustedError,
-    ParityError,
-    RunFolderError,
-    StoppedError,
-)
+from launch.cli_arguments import AsJson, CommandWithKeys, DebugCpu, Out, Overrides, RunFile
+from launch.cli_proofs import chaos_command, parity_command
+from launch.cli_recipes import prepare_command, recipes_app, schema_command, tokenize_command
+from launch.cli_results import checkpoints_command, export_command, generate_command
+from launch.config import Loaded, RunConfig, describe
+from launch.errors import EXIT_CODES, LaunchError, MemoryExhaustedError, RunFolderError
 from launch.explain import explain
 from launch.fitting import Fits, question, remember, smaller
-from launch.inventory import TITLES, Entry, discard, inventory, newest, rows, superfluous
-from launch.inventory import as_json as inventory_as_json
-from launch.parity import Outcome, cases, compare, duration
-from launch.parity_report import write_report
-from launch.plan import Decided, Plan, as_json, decide, default_run_folder, python_environment
+from launch.plan import Decided, Plan, as_json, decide
+from launch.printing import complain, console_on
 from launch.record import (
     changed_settings,
     continue_run_folder,
@@ -55,17 +33,11 @@ from launch.record import (
     held,
     is_finished,
     is_run_folder,
-    model_folder,
     read_json,
-    read_plan,
     refuse_results,
 )
-from launch.registry import Recipe, find_run_file, load_module, load_recipe, shipped_recipes
-from launch.sameness import Compared
-from launch.sameness import compare as compare_runs
-from launch.stop import StopRequest, StopSignal, exit_code, spoken
-from launch.strategy import Strategy
-from launch.topology import World, cache_folder, stray_variables, worker_environment
+from launch.registry import Recipe
+from launch.topology import World, cache_folder, stray_variables
 from launch.trials import find
 from launch.twin import decide_twin
 
@@ -89,46 +61,7 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def complain(message: str) -> None:
-    """Print an error on stderr, each line with our name in front."""
-    for line in message.splitlines():
-        print(f"shoal: {line}", file=sys.stderr)
-
-
-class _CommandWithKeys(TyperCommand):
-    """A command whose `--help` ends with every key of a run file."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, formatter)
-        formatter.write("\nKeys of a run file, set on the command line as section.key=value:\n\n")
-        for key in describe(RunConfig):
-            formatter.write(_documented(key, formatter.width))
-
-
-def _documented(key: Key, width: int) -> str:
-    head = f"  {key.name}  ({key.kind}; default {key.default})\n".replace("; default required", "; required")
-    return head + textwrap.fill(key.description, width, initial_indent=" " * 6, subsequent_indent=" " * 6) + "\n"
-
-
-RunFile = Annotated[str, typer.Argument(metavar="FILE", help="A run file, or the name of a shipped one.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value …]", help="Overrides, such as train.max_steps=20.")
-]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="RUN_FOLDER", help="Where to keep the run [runs/<recipe>-<time>]."),
-]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout and nothing else.")]
-
-
-DebugCpu = Annotated[
-    int | None,
-    typer.Option("--debug-cpu", min=1, metavar="N", help="Do it with N processes on this machine's CPU (gloo)."),
-]
-
-
-@app.command("run", cls=_CommandWithKeys)
+@app.command("run", cls=CommandWithKeys)
 def run_command(
     file: RunFile,
     overrides: Overrides = None,
@@ -140,7 +73,7 @@ def run_command(
     _carry_out(file, overrides, out, json_, debug_cpu)
 
 
-@app.command("resume", cls=_CommandWithKeys)
+@app.command("resume", cls=CommandWithKeys)
 def resume_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that was interrupted.")],
     overrides: Overrides = None,
@@ -183,7 +116,7 @@ def _carry_out(file: str, overrides: list[str] | None, out: Path | None, json_: 
         for line in differences:
             print(line, file=sys.stderr)
         if not json_:
-            _print_plan(plan, _console(stderr=True))
+            _print_plan(plan, console_on(stderr=True))
         ending = local.run(plan, folder)
     if ending.exit_code:
         if ending.traceback:
@@ -218,7 +151,7 @@ def _decide(
     return twin.decided, twin.lines
 
 
-@app.command("plan", cls=_CommandWithKeys)
+@app.command("plan", cls=CommandWithKeys)
 def plan_command(
     file: RunFile,
     overrides: Overrides = None,
@@ -234,279 +167,21 @@ def plan_command(
     if json_:
         print(json.dumps(as_json(plan), indent=2))
         return
-    console = _console()
+    console = console_on()
     _print_plan(plan, console)
     _print_command(plan)
     _print_config(decided.loaded, decided.recipe, console)
 
 
-@app.command("prepare", cls=_CommandWithKeys)
-def prepare_command(file: RunFile, overrides: Overrides = None, json_: AsJson = False) -> None:
-    """Tokenise the data of a run into the cache, on any machine: no devices, no processes, no run folder."""
-    command = [sys.executable, "-m", "launch.prepare", *(["--json"] if json_ else []), "--", file, *(overrides or [])]
-    environment = worker_environment({**python_environment(), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
-    # This process becomes the one with torch, so that a signal reaches it and its exit code is the command's.
-    os.execve(sys.executable, command, environment)
-
-
-@app.command("parity")
-def parity_command(
-    file: RunFile,
-    overrides: Overrides = None,
-    strategies: Annotated[
-        str, typer.Option(metavar="A,B,…", help="Strategies to compare with one process.")
-    ] = "ddp,fsdp2,zero1,zero2,zero3",
-    worlds: Annotated[str, typer.Option(metavar="N,M,…", help="Numbers of processes.")] = "1,2",
-    out: Out = None,
-    json_: AsJson = False,
-) -> None:
-    """Run FILE over strategies and numbers of processes on this machine, and show that the numbers are the same.
-
-    Twelve updates unless train.max_steps or train.epochs is stated here. The run folder gets the numbers,
-    parity.json, and a plot of them, parity.png.
-    """
-    selected = cases(_strategies(strategies), _world_sizes(worlds))
-    if len(selected) < 2:
-        raise ConfigError(
-            f"command line: --strategies {strategies} --worlds {worlds}: is one run, with none to compare; "
-            "use --worlds 1,2"
-        )
-    folder = (out or default_run_folder("parity")).absolute()
-    stated = overrides or []
-    if not any(item.startswith(("train.max_steps=", "train.epochs=")) for item in stated):
-        stated = [*stated, "train.max_steps=12"]
-    loaded = load(find_run_file(file), stated)  # a mistake in it is told once, and before anything starts
-    config = loaded.with_recipe_args(load_recipe(loaded).args.model_dump(mode="json")).config
-    refuse_results(folder)
-    outcomes: list[Outcome] = []
-    stopped: StoppedError | None = None
-    try:
-        for outcome in compare(file, stated, selected, folder, lambda text: print(text, file=sys.stderr)):
-            outcomes.append(outcome)  # one by one: what was done before Ctrl-C is kept
-    except StoppedError as error:
-        stopped = error
-    report = write_report(folder, config, outcomes, complete=not stopped)
-    if json_:
-        print(json.dumps(report, indent=2))
-    else:
-        _print_parity(outcomes, report)
-    if stopped:
-        raise stopped
-    different = [
-        f"{each.strategy} on {each.world_size}" for each in outcomes if each.verdict in ("DIFFERENT", "failed")
-    ]
-    if different:
-        raise ParityError(f"not the same numbers: {', '.join(different)}; runs: {folder}")
-
-
-@app.command("chaos")
-def chaos_command(
-    file: RunFile,
-    overrides: Overrides = None,
-    kills: Annotated[int, typer.Option(min=1, metavar="K", help="How often to interrupt the run.")] = 3,
-    seed: Annotated[int | None, typer.Option(help="Of kinds and moments; without it others each time.")] = None,
-    out: Out = None,
-    json_: AsJson = False,
-) -> None:
-    """Run FILE twice, undisturbed and interrupted by signals and kills, and show that the numbers are the same.
-
-    Forty updates unless train.max_steps or train.epochs is stated here. The run folder gets chaos.json.
-    """
-    folder = (out or default_run_folder("chaos")).absolute()
-    seed = secrets.randbelow(10**6) if seed is None else seed
-    stated, config, told = settings(file, overrides or [], folder)
-    refuse_results(folder)
-    for line in told:
-        print(line, file=sys.stderr)
-    StopRequest().install()
-    happened: list[Interruption] = []
-    strikes: list[Strike] = []
-    compared: Compared | None = None
-    try:
-        print("undisturbed run", file=sys.stderr)
-        took = run_undisturbed([file, *stated], folder)
-        updates, pace = pace_of(folder)
-        strikes = draw(kills, updates, seed)
-        print(f"{duration(took)}; now with {kills} interruptions (--seed {seed})", file=sys.stderr)
-        said = lambda text: print(text, file=sys.stderr)  # noqa: E731
-        for each in run_interrupted([file, *stated], folder, strikes, pace, took, said):
-            happened.append(each)
-        compared = compare_runs(folder / UNDISTURBED, folder / INTERRUPTED_RUN)
-    except StopSignal as signal:
-        raise StoppedError(f"stopped by {spoken(signal.number)}; runs: {folder}", exit_code(signal.number)) from None
-    finally:
-        report = write_report_of_chaos(folder, config, seed, strikes, happened, compared)
-    if json_:
-        print(json.dumps(report, indent=2))
-    else:
-        _print_table(CHAOS_TITLES, chaos_rows(happened))
-        print("\n".join(verdict(compared, kills, len(happened))))
-        print(f"data: {report['data']}\nruns: {folder}")
-    if not compared.same:
-        raise ParityError(f"not the same numbers: {compared.differences[0]}; runs: {folder}")
-    if not happened:
-        raise ConfigError(f"the run was over before any interruption; make it longer: train.max_steps={10 * updates}")
-
-
-def _listed(text: str) -> list[str]:
-    """The parts of a list with commas, each once."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
-def _strategies(text: str) -> list[Strategy]:
-    known = [str(strategy) for strategy in Strategy if strategy is not Strategy.SINGLE]
-    for name in _listed(text):
-        if name not in known:
-            raise ConfigError(f"command line: --strategies {name}: no such strategy; there are {', '.join(known)}")
-    return [Strategy(name) for name in _listed(text)]
-
-
-def _world_sizes(text: str) -> list[int]:
-    if not all(part.isdecimal() and int(part) for part in _listed(text)):
-        raise ConfigError(f"command line: --worlds {text}: must be numbers of processes, such as 1,2,3")
-    return list(dict.fromkeys(int(part) for part in _listed(text)))
-
-
-def _print_parity(outcomes: list[Outcome], report: dict[str, Any]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("strategy", "processes", "loss", "weights", "learning rate", "metrics", "samples", "verdict"):
-        table.add_column(title, overflow="fold")
-    for outcome in outcomes:
-        table.add_row(*_parity_row(outcome))
-    _console().print(table)
-    for each in outcomes:
-        if each.problem:
-            print(f"{each.strategy} on {each.world_size}: {each.problem}")
-    print("Differences are the largest against the first row, which is the reference.")
-    if not report["config"]["save"]["export"]:
-        print("Weights were not compared, because save.export = false.")
-    if report["plot"]:
-        print(f"plot: {report['plot']}")
-    print(f"data: {report['data']}")
-    print(f"runs: {report['folder']}")
-
-
-def _parity_row(outcome: Outcome) -> list[str]:
-    head = [str(outcome.strategy), str(outcome.world_size)]
-    if outcome.verdict in ("failed", "reference"):
-        return [*head, "", "", "", "", "", outcome.verdict]
-    loss, weight = ("" if value is None else f"{value:.1e}" for value in (outcome.loss, outcome.weight))
-    same = ["equal" if yes else "DIFFERENT" for yes in (outcome.same_rates, outcome.same_metrics, outcome.same_samples)]
-    return [*head, loss, weight if outcome.same_tensors else "other tensors", *same, outcome.verdict]
-
-
-@app.command("checkpoints")
-def checkpoints_command(
-    run: RunFolder,
-    json_: AsJson = False,
-    verify: Annotated[bool, typer.Option(help="Hash every file, or look at marks and sizes only.")] = True,
-    prune: Annotated[bool, typer.Option("--prune", help="Remove what need not be kept, and leftovers.")] = False,
-    keep_last: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="With --prune: keep the newest N good ones [the run's save.keep_last]."),
-    ] = None,
-) -> None:
-    """List the checkpoints of a run: which are good, which one `shoal resume` goes on from, which is the best.
-
-    Ends with 5 where there are checkpoints and none is good.
-    """
-    if keep_last is not None and not prune:
-        raise ConfigError(f"command line: --keep-last {keep_last}: says what --prune keeps; add --prune")
-    if prune and not verify:
-        raise ConfigError("command line: --prune --no-verify: what is kept must be seen to be good; drop --no-verify")
-    save = read_plan(run).config.save
-    if prune:
-        with held(run):
-            entries = inventory(run, verify=True)
-            removed = discard(superfluous(entries, keep_last or save.keep_last, save.keep_best))
-    else:
-        entries, removed = inventory(run, verify=verify), []
-    left = [entry for entry in entries if entry not in removed]
-    if json_:
-        print(json.dumps(inventory_as_json(run, left, removed, verified=verify), indent=2))
-    else:
-        _print_checkpoints(run, left, removed)
-    if not newest(left) and any(entry.state == "damaged" for entry in left):
-        raise RunFolderError(f"{run}: none of its checkpoints is good; `shoal resume` begins the run anew")
-
-
-def _print_checkpoints(run: Path, entries: list[Entry], removed: list[Entry]) -> None:
-    for entry in removed:
-        print(f"removed {entry.name} ({size_in_words(entry.bytes)}, {entry.verdict})")
-    if removed:
-        print(f"{sum(entry.bytes for entry in removed):,} bytes freed")
-    if not entries:
-        return print(f"{run}: has no checkpoints (yet)")
-    _print_table(TITLES, rows(entries))
-    damaged = [entry.update for entry in entries if entry.state == "damaged"]
-    if (going_on := newest(entries)) and damaged and damaged[0] > going_on.update:
-        print(f"The newest one is damaged: `shoal resume` sets it aside and goes on from {going_on.name}.")
-    return None
-
-
-def _print_table(titles: Iterable[str], lines: list[list[str]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    for line in lines:
-        table.add_row(*map(Text, line))
-    _console().print(table)
-
-
-@app.command("export")
-def export_command(
-    run: RunFolder,
-    checkpoint: Annotated[
-        str, typer.Option(metavar="NAME", help="Which one: newest, best (lowest validation loss), or its name.")
-    ] = "newest",
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write the model [RUN/export-<checkpoint>].")
-    ] = None,
-    json_: AsJson = False,
-) -> None:
-    """Make a plain Hugging Face folder of a checkpoint, and see that it loads as what is stored."""
-    read_plan(run)
-    done = export(run, checkpoint, out)
-    if json_:
-        print(json.dumps({**asdict(done), "folder": str(done.folder), "checkpoint": str(done.checkpoint)}))
-        return
-    tied = "".join(f"; one weight: {', '.join(group)}" for group in done.tied)
-    print(f"{done.parameters:,} parameters of {done.checkpoint.name}; {done.tensors} tensors load as stored{tied}")
-    print(f"model: {done.folder}")
-
-
-@app.command("generate")
-def generate_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or any Hugging Face model folder.")],
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 60,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-) -> None:
-    """Continue a text with the model that a run exported."""
-    command = [sys.executable, "-m", "launch.engine.exported", "continue", str(model_folder(run)), prompt]
-    command += [str(max_new_tokens), str(temperature), str(seed)]
-    # A process of its own: this one stays free of torch.
-    raise typer.Exit(subprocess.run(command, env=worker_environment(python_environment()), check=False).returncode)
-
-
-@app.command("recipes")
-def recipes_command(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show what this recipe lets you set.")] = None,
-) -> None:
-    """List the shipped recipes, or the arguments of one."""
-    if name is None:
-        for each in shipped_recipes():
-            print(f"{each:<24}{_first_line(load_module(each, 'shipped').__doc__)}")
-        return
-    for key in describe(load_module(name, "command line").Args, "recipe_args."):
-        print(_documented(key, 100), end="")
-
-
-@app.command("config-schema")
-def schema_command() -> None:
-    """Print the JSON schema of run files, with which editors complete and check them."""
-    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+app.command("prepare", cls=CommandWithKeys)(prepare_command)
+app.command("tokenize")(tokenize_command)
+app.command("parity")(parity_command)
+app.command("chaos")(chaos_command)
+app.command("checkpoints")(checkpoints_command)
+app.command("export")(export_command)
+app.command("generate")(generate_command)
+app.add_typer(recipes_app, name="recipes")
+app.command("config-schema")(schema_command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -522,15 +197,6 @@ def _options(
     ] = False,
 ) -> None:
     """Train and evaluate Hugging Face models from one recipe, with the same numbers on any devices."""
-
-
-WIDE = 200
-"""Columns of what is not a terminal: a file or a pipe wraps nothing."""
-
-
-def _console(*, stderr: bool = False) -> Console:
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, highlight=False, width=None if terminal else WIDE)
 
 
 def _print_plan(plan: Plan, console: Console) -> None:
@@ -572,9 +238,7 @@ def _origin(loaded: Loaded, key: str) -> str:
 def _value(config: RunConfig, dotted: str) -> str:
     value: Any = config.model_dump(mode="json")
     for part in dotted.split("."):
+        if value is None:  # a section that is switched off
+            break
         value = value[part]
     return json.dumps(value, ensure_ascii=False)
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0]

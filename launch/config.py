@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
@@ -183,7 +183,7 @@ class RunConfig(Section):
     recipe: str = Field(min_length=1)
     """Name of a shipped recipe, or the path of a recipe module (./my_recipe.py)."""
     recipe_args: dict[str, JsonValue] = Field(default_factory=dict)
-    """What the recipe lets you set (`shoal recipes NAME` lists it)."""
+    """What the recipe lets you set (`shoal recipes show NAME` lists it)."""
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
     save: SaveSection = SaveSection()
@@ -529,10 +529,13 @@ def describe(model: type[BaseModel], prefix: str = "") -> list[Key]:
 def _kind(annotation: Any) -> str:
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     literal = re.sub(r"typing\.Literal\[([^\]]*)\]", lambda match: match[1].replace(", ", "|"), text)
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
+        return f"list of {_kind(get_args(annotation)[0])}"
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join("null" if member is NoneType else _kind(member) for member in get_args(annotation))
     plain = literal.replace("typing.", "").replace("'", "")
-    plain = re.sub(r"tuple\[str, \.\.\.\]", "list of text", plain)
     plain = re.sub(r"dict(\[.*\])?", "mapping", plain)
     for python, word in (
         ("int", "whole number"),

@@ -9,11 +9,13 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
 
 from launch.cache import Cache
 from launch.config import RunConfig, load
 from launch.errors import ConfigError, DataError, LaunchError
+from launch.printing import complain
 from launch.recipe import Prepared, Progress, RecipeContext, Samples, Stream
 from launch.registry import Recipe, find_run_file, load_recipe
 from launch.stop import StopRequest, StopSignal, exit_code, spoken
@@ -75,19 +77,29 @@ def check_data(config: RunConfig, prepared: Prepared) -> None:
 
 
 def main() -> None:
-    """Prepare, say what is there, and end with the exit code that `launch.errors` gives to what happened."""
-    StopRequest().install()
+    """Prepare, and say what is there."""
     arguments = _read_arguments(sys.argv[1:])
+
+    def prepared() -> str:
+        found = _prepare_file(arguments.file, arguments.overrides)
+        return json.dumps(found) if arguments.json else _in_words(found)
+
+    answer(prepared)
+
+
+def answer(work: Callable[[], str]) -> None:
+    """Print what `work` returns, alone on stdout; or end with the exit code of its failure."""
+    StopRequest().install()
     results = _keep_stdout_for_results()
     try:
-        found = _prepare_file(arguments.file, arguments.overrides)
+        found = work()
     except LaunchError as error:
-        _complain(str(error))
+        complain(str(error))
         sys.exit(error.exit_code)
     except StopSignal as stopped:
-        _complain(f"stopped by {spoken(stopped.number)}; what was not finished is not kept")
+        complain(f"stopped by {spoken(stopped.number)}; what was not finished is not kept")
         sys.exit(exit_code(stopped.number))
-    print(json.dumps(found) if arguments.json else _in_words(found), file=results, flush=True)
+    print(found, file=results, flush=True)
 
 
 def _read_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -150,11 +162,6 @@ def _in_words(found: dict[str, Any]) -> str:
             f"prepared: {done}",
         ]
     )
-
-
-def _complain(message: str) -> None:
-    for line in message.splitlines():
-        print(f"shoal: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The contract between recipes and the engine.
 
 A recipe is a module with a class `Args(RecipeArgs)` and a function `prepare(args, context) -> Prepared`; it may
-have `preview(args, context) -> Preview`. Recipes hand over values and functions; they know nothing of ranks,
-devices, trackers or the run folder. A recipe's module is imported by the control plane too, so it must not
-import torch, transformers or datasets at its top, only inside its functions.
+have `preview(args, context) -> Preview`, and `tokenizer(args, context) -> PreTrainedTokenizerBase` for those who want
+no data. Recipes hand over values and functions; they know nothing of ranks, devices, trackers or the run folder. A
+recipe's module is imported by the control plane too, so it must not import torch, transformers or datasets at its top,
+only inside its functions. A user's own recipe can import the files beside it.
 """
 
 from __future__ import annotations

@@ -5,16 +5,21 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import sys
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from launch.assets import recipes_folder
 from launch.config import Loaded, RunConfig, validate
 from launch.errors import ConfigError
+from launch.own_recipe import import_file
 from launch.recipe import Prepared, Preview, RecipeArgs, RecipeContext
-from launch.source import Layer
+from launch.source import Layer, read_run_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,22 @@ class Recipe:
         preview = getattr(self.module, "preview", None)
         return preview(self.args, context) if preview else Preview()
 
+    def tokenizer(self, context: RecipeContext) -> PreTrainedTokenizerBase | None:
+        """The tokenizer without the data; None where the recipe gives it with the data only."""
+        tokenizer = getattr(self.module, "tokenizer", None)
+        return tokenizer(self.args, context) if tokenizer else None
+
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with shoal: a module and a run file of the same name."""
     return sorted(path.stem for path in recipes_folder().glob("*.yaml") if path.with_suffix(".py").is_file())
+
+
+def run_files(recipe: str) -> list[Path]:
+    """The shipped run files that name this shipped recipe."""
+    return [
+        path for path in sorted(recipes_folder().glob("*.yaml")) if read_run_file(path).values.get("recipe") == recipe
+    ]
 
 
 def find_run_file(text: str) -> Path:
@@ -85,13 +102,33 @@ def load_module(recipe: str, place: str) -> ModuleType:
     Raises:
         ConfigError: there is none, or it is not a recipe.
     """
-    module = _import_file(Path(recipe), place) if recipe.endswith(".py") else _import_shipped(recipe, place)
+    module = import_file(Path(recipe), place) if recipe.endswith(".py") else _import_shipped(recipe, place)
     args = getattr(module, "Args", None)
     if not (isinstance(args, type) and issubclass(args, RecipeArgs)):
-        raise ConfigError(f"{module.__file__}: a recipe needs `class Args(launch.recipe.RecipeArgs)`")
-    if not callable(getattr(module, "prepare", None)):
-        raise ConfigError(f"{module.__file__}: a recipe needs a function `prepare(args, context)`")
+        found = f"is {args!r}" if not isinstance(args, type) else f"derives from {args.__mro__[1].__qualname__}"
+        got = "it has none" if args is None else f"its Args {found}"
+        raise ConfigError(f"{module.__file__}: a recipe needs `class Args(launch.recipe.RecipeArgs)`; {got}")
+    for name, optional in (("prepare", False), ("preview", True), ("tokenizer", True)):
+        if hasattr(module, name) or not optional:
+            _check_function(module, name)
     return module
+
+
+def _check_function(module: ModuleType, name: str) -> None:
+    """See that a recipe's function can be called with the arguments and the context."""
+    function = getattr(module, name, None)
+    if not callable(function):
+        got = f"its {name} is a {type(function).__name__}" if hasattr(module, name) else "it has none"
+        raise ConfigError(f"{module.__file__}: a recipe needs a function `{name}(args, context)`; {got}")
+    signature = inspect.signature(function)
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        code = getattr(function, "__code__", None)
+        place = f"{module.__file__}:{code.co_firstlineno}" if code else module.__file__
+        raise ConfigError(
+            f"{place}: {name}{signature} is called with two arguments; write `def {name}(args, context)`"
+        ) from None
 
 
 def _import_shipped(name: str, place: str) -> ModuleType:
@@ -112,15 +149,3 @@ def _import_shipped(name: str, place: str) -> ModuleType:
             f"{recipes_folder()}); uninstall it, or run from a folder without one (torchtune installs one)"
         )
     return importlib.import_module(f"recipes.{name}")
-
-
-def _import_file(path: Path, place: str) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"{place}: recipe = {path}: no such file")
-    name = f"shoal_recipe_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader, "a .py file always has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # pickling its samples to data workers needs it there
-    spec.loader.exec_module(module)
-    return module

@@ -110,6 +110,11 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
     )
 
 
+def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:
+    """The tokenizer alone."""
+    return _load_tokenizer(_source(args, context))
+
+
 def _source(args: Args, context: RecipeContext) -> Source:
     return Source(args, embedded.LANGUAGE_MODEL, context.cache)
 

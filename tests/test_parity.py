@@ -18,7 +18,7 @@ import pytest
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 
-from launch.cli import _strategies, _world_sizes
+from launch.cli_proofs import _strategies, _world_sizes
 from launch.parity import NOTHING_TO_COMPARE_WITH, TOLERANCES, Outcome, _beside, _progress, cases, duration
 from launch.parity_plot import COLOURS, _draw_differences, draw, floor_of
 from launch.parity_report import as_json

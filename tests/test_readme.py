@@ -53,9 +53,9 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         said[command] = done.stdout
     by_verb = {" ".join(command.split()[:2]): output for command, output in said.items()}
-    assert len(said) == 11 and set(by_verb) == {
+    assert len(said) == 13 and set(by_verb) == {
         *("shoal plan", "shoal prepare", "shoal run", "shoal parity", "shoal generate", "shoal recipes"),
-        *("shoal checkpoints", "shoal export", "accelerate launch"),
+        *("shoal checkpoints", "shoal export", "shoal tokenize", "accelerate launch"),
     }
     assert by_verb["shoal parity"].count(" same ") == 2
     assert "training samples: " in by_verb["shoal prepare"]
@@ -63,7 +63,9 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
     assert by_verb["shoal generate"].startswith("The value of")
     assert re.findall(r"step-0000[12]0 .* good", by_verb["shoal checkpoints"])
     assert "tensors load as stored" in by_verb["shoal export"] and (tmp_path / "runs/model/config.json").is_file()
-    assert "recipe_args.block_size" in by_verb["shoal recipes"]
+    assert "recipe_args.block_size" in said["shoal recipes show causal_lm"]
+    assert (tmp_path / "my_recipe.yaml").is_file() and "run it: shoal run my_recipe.yaml" in by_verb["shoal recipes"]
+    assert "decoded: 'The value of'" in by_verb["shoal tokenize"]
     assert "run folder: " in by_verb["accelerate launch"]
     first, second = (
         [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]

@@ -18,6 +18,7 @@ from launch.config import load
 from launch.errors import ConfigError
 from launch.recipe import RecipeArgs, RecipeContext
 from launch.registry import find_run_file, load_module, load_recipe, shipped_recipes
+from tests.commands import shoal
 
 ROOT = Path(__file__).parents[1]
 OWN = Path(__file__).with_name("own_recipe.py")
@@ -130,15 +131,34 @@ def test_what_an_own_recipe_defines_can_be_sent_to_another_process(project: Path
     assert pickle.loads(pickle.dumps(args)) == args
 
 
+ARGS = "from launch.recipe import RecipeArgs\nclass Args(RecipeArgs): pass\n"
+NO_ARGS = "{path}: a recipe needs `class Args(launch.recipe.RecipeArgs)`; "
+UNUSABLE = "the recipe cannot be imported: "
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = 1\n", "{path}: a recipe needs `class Args(launch.recipe.RecipeArgs)`"),
-        ("class Args: pass\n", "{path}: a recipe needs `class Args(launch.recipe.RecipeArgs)`"),
+        ("x = 1\n", NO_ARGS + "it has none"),
+        ("class Args(dict): pass\n", NO_ARGS + "its Args derives from dict"),
+        ("Args = 3\n", NO_ARGS + "its Args is 3"),
+        (ARGS, "{path}: a recipe needs a function `prepare(args, context)`; it has none"),
+        (ARGS + "prepare = 3\n", "{path}: a recipe needs a function `prepare(args, context)`; its prepare is a int"),
         (
-            "from launch.recipe import RecipeArgs\nclass Args(RecipeArgs): pass\n",
-            "{path}: a recipe needs a function `prepare(args, context)`",
+            ARGS + "def prepare(args): pass\n",
+            "{path}:3: prepare(args) is called with two arguments; write `def prepare(args, context)`",
         ),
+        (
+            ARGS + "def prepare(args, context, *, x): pass\n",
+            "{path}:3: prepare(args, context, *, x) is called with two arguments; write `def prepare(args, context)`",
+        ),
+        (
+            ARGS + "def prepare(args, context): pass\ndef tokenizer(): pass\n",
+            "{path}:4: tokenizer() is called with two arguments; write `def tokenizer(args, context)`",
+        ),
+        ("x = (\n", "{path}:1: " + UNUSABLE + "SyntaxError: '(' was never closed (bad.py, line 1)"),
+        ("\nimport no_such\n", "{path}:2: " + UNUSABLE + "ModuleNotFoundError: No module named 'no_such'"),
+        ("import sys\nsys.exit()\n", "{path}:2: " + UNUSABLE + "SystemExit"),
     ],
 )
 def test_a_module_that_is_no_recipe(text: str, message: str, tmp_path: Path) -> None:
@@ -147,6 +167,47 @@ def test_a_module_that_is_no_recipe(text: str, message: str, tmp_path: Path) -> 
     with pytest.raises(ConfigError) as caught:
         load_module(str(path), "here")
     assert str(caught.value) == message.format(path=path)
+
+
+def test_what_goes_wrong_beside_the_recipe_is_told_with_its_line_and_its_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "beside_a_recipe.py").write_text("def rows():\n    return {}['none']\n")
+    (tmp_path / "bad.py").write_text("import beside_a_recipe\nbeside_a_recipe.rows()\n")
+    with pytest.raises(ConfigError) as caught:
+        load_module(str(tmp_path / "bad.py"), "here")
+    assert str(caught.value) == f"{tmp_path}/beside_a_recipe.py:2: {UNUSABLE}KeyError: 'none'"
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[:2] == ["Traceback (most recent call last):", f'  File "{tmp_path}/bad.py", line 2, in <module>']
+    assert shown[-1] == "KeyError: 'none'"
+
+
+@pytest.mark.parametrize("name", ["datasets.py", "calendar.py", "datasets/__init__.py"])
+def test_a_file_that_has_the_name_of_a_package_is_not_taken_for_it(name: str, tmp_path: Path) -> None:
+    module = name.partition("/")[0].removesuffix(".py")
+    mine = tmp_path / name.partition("/")[0]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("")
+    (tmp_path / "mine.py").write_text(f"{ARGS}def prepare(args, context):\n    from {module} import anything\n")
+    with pytest.raises(ConfigError) as caught:
+        load_module(str(tmp_path / "mine.py"), "here")
+    assert re.fullmatch(
+        rf"{tmp_path}/mine.py:4: `import {module}` gives \S+{module}\S* and not {mine}, which has the same name; "
+        "rename yours",
+        str(caught.value),
+    )
+
+
+def test_a_recipe_that_imports_torch_at_its_top_is_told_what_that_costs(tmp_path: Path) -> None:
+    shutil.copy(OWN, tmp_path / "quick.py")
+    (tmp_path / "slow.py").write_text(f"import torch\n{ARGS}def prepare(args, context): pass\n")
+    quick, slow = (shoal(tmp_path, "recipes", "show", f"./{name}.py") for name in ("quick", "slow"))
+    assert (quick.returncode, quick.stderr, slow.returncode) == (0, "", 0)
+    assert re.fullmatch(
+        rf"shoal: {tmp_path}/slow.py: to import it takes \d+\.\d s each time, because torch is imported at the top; "
+        "import it inside the functions that use it\n",
+        slow.stderr,
+    )
 
 
 def test_a_recipe_that_hands_over_something_else(tmp_path: Path) -> None:
@@ -162,6 +223,18 @@ def test_a_recipe_that_hands_over_something_else(tmp_path: Path) -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_an_own_recipe_trains_from_any_folder_with_workers_that_load_its_samples(project: Path, tmp_path: Path) -> None:
+    """It imports a file beside it, of which its data are made in each worker."""
+    (project / "my_rows.py").write_text(
+        "class Rows(list):\n    def __getitem__(self, index):\n        import my_numbers\n"
+        "        return my_numbers.same(list(self)[index])\n"
+    )
+    (project / "my_numbers.py").write_text("def same(row):\n    return row\n")
+    recipe = (project / "mine.py").read_text()
+    assert "else rows," in recipe
+    changed = recipe.replace("else rows,", "else my_rows.Rows(rows),").replace(
+        "import os\n", "import os\nimport my_rows\n"
+    )
+    (project / "mine.py").write_text(changed)
     arguments = ["parallel.devices=2", "parallel.data_workers=1", "recipe_args.width=8", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "launch", "run", str(project / "mine.yaml"), *arguments, "--out", str(tmp_path / "run")],

@@ -16,6 +16,7 @@ from launch.engine.agree import Requests, any_rank, from_main
 from launch.engine.batching import Order, Position, Window, Work
 from launch.engine.blocks import checkpoint_activations, compile_blocks
 from launch.engine.checkpoint import model_files
+from launch.engine.contract import check_sums, checked
 from launch.engine.data import Data
 from launch.engine.export import write_model, write_probe
 from launch.engine.inference import Inference
@@ -84,7 +85,7 @@ class Run:
         optimizer = make_optimizer(model, config.train, fused=accelerator.device.type == "cuda")
         self.model, self.optimizer = spread(accelerator, model, optimizer)
         autocast = self._autocast()
-        self.loss = _in_autocast(prepared.loss, autocast)
+        self.loss = _in_autocast(checked(prepared.loss), autocast)
         """The recipe's loss, computed in the planned number format."""
         self.evaluation = Evaluation(
             accelerator,
@@ -176,6 +177,7 @@ class Run:
             self.keeper.tracker = self.tracker
         if found is None:
             self.keeper.refuse_without_space(self.parameters, self.optimizer, self.schedule.total)
+            check_sums(accelerator, self.model, self.prepared, self.loss)
             return self._work()
         self._restore(state)
         restore_random_states = self.keeper.restore(found)

@@ -1,0 +1,106 @@
+"""The verbs that use what a run left: `shoal checkpoints`, `shoal export` and `shoal generate`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.checkpoint_export import export
+from launch.cli_arguments import AsJson, RunFolder
+from launch.disk import size_in_words
+from launch.errors import ConfigError, RunFolderError
+from launch.inventory import TITLES, Entry, discard, inventory, newest, rows, superfluous
+from launch.inventory import as_json as inventory_as_json
+from launch.plan import python_environment
+from launch.printing import print_table
+from launch.record import held, model_folder, read_plan
+from launch.topology import worker_environment
+
+
+def checkpoints_command(
+    run: RunFolder,
+    json_: AsJson = False,
+    verify: Annotated[bool, typer.Option(help="Hash every file, or look at marks and sizes only.")] = True,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove what need not be kept, and leftovers.")] = False,
+    keep_last: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --prune: keep the newest N good ones [the run's save.keep_last]."),
+    ] = None,
+) -> None:
+    """List the checkpoints of a run: which are good, which one `shoal resume` goes on from, which is the best.
+
+    Ends with 5 where there are checkpoints and none is good.
+    """
+    if keep_last is not None and not prune:
+        raise ConfigError(f"command line: --keep-last {keep_last}: says what --prune keeps; add --prune")
+    if prune and not verify:
+        raise ConfigError("command line: --prune --no-verify: what is kept must be seen to be good; drop --no-verify")
+    save = read_plan(run).config.save
+    if prune:
+        with held(run):
+            entries = inventory(run, verify=True)
+            removed = discard(superfluous(entries, keep_last or save.keep_last, save.keep_best))
+    else:
+        entries, removed = inventory(run, verify=verify), []
+    left = [entry for entry in entries if entry not in removed]
+    if json_:
+        print(json.dumps(inventory_as_json(run, left, removed, verified=verify), indent=2))
+    else:
+        _print_checkpoints(run, left, removed)
+    if not newest(left) and any(entry.state == "damaged" for entry in left):
+        raise RunFolderError(f"{run}: none of its checkpoints is good; `shoal resume` begins the run anew")
+
+
+def _print_checkpoints(run: Path, entries: list[Entry], removed: list[Entry]) -> None:
+    for entry in removed:
+        print(f"removed {entry.name} ({size_in_words(entry.bytes)}, {entry.verdict})")
+    if removed:
+        print(f"{sum(entry.bytes for entry in removed):,} bytes freed")
+    if not entries:
+        return print(f"{run}: has no checkpoints (yet)")
+    print_table(TITLES, rows(entries))
+    damaged = [entry.update for entry in entries if entry.state == "damaged"]
+    if (going_on := newest(entries)) and damaged and damaged[0] > going_on.update:
+        print(f"The newest one is damaged: `shoal resume` sets it aside and goes on from {going_on.name}.")
+    return None
+
+
+def export_command(
+    run: RunFolder,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="NAME", help="Which one: newest, best (lowest validation loss), or its name.")
+    ] = "newest",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write the model [RUN/export-<checkpoint>].")
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """Make a plain Hugging Face folder of a checkpoint, and see that it loads as what is stored."""
+    read_plan(run)
+    done = export(run, checkpoint, out)
+    if json_:
+        print(json.dumps({**asdict(done), "folder": str(done.folder), "checkpoint": str(done.checkpoint)}))
+        return
+    tied = "".join(f"; one weight: {', '.join(group)}" for group in done.tied)
+    print(f"{done.parameters:,} parameters of {done.checkpoint.name}; {done.tensors} tensors load as stored{tied}")
+    print(f"model: {done.folder}")
+
+
+def generate_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or any Hugging Face model folder.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 60,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a text with the model that a run exported."""
+    command = [sys.executable, "-m", "launch.engine.exported", "continue", str(model_folder(run)), prompt]
+    command += [str(max_new_tokens), str(temperature), str(seed)]
+    # A process of its own: this one stays free of torch.
+    raise typer.Exit(subprocess.run(command, env=worker_environment(python_environment()), check=False).returncode)
