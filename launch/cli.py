@@ -18,8 +18,8 @@ from launch import __version__, local
 from launch.cache import Cache
 from launch.cli_arguments import AsJson, CommandWithKeys, DebugCpu, Out, Overrides, RunFile
 from launch.cli_proofs import chaos_command, parity_command
-from launch.cli_recipes import prepare_command, recipes_app, schema_command, tokenize_command
-from launch.cli_results import checkpoints_command, export_command, generate_command
+from launch.cli_recipes import look_at_data, prepare_command, recipes_app, schema_command, tokenize_command
+from launch.cli_results import checkpoints_command, eval_command, export_command, generate_command
 from launch.config import Loaded, RunConfig, describe
 from launch.errors import EXIT_CODES, LaunchError, MemoryExhaustedError, RunFolderError
 from launch.explain import explain
@@ -158,19 +158,26 @@ def plan_command(
     out: Out = None,
     json_: AsJson = False,
     debug_cpu: DebugCpu = None,
+    data: Annotated[bool, typer.Option("--data", help="Prepare the data too, and show what they look like.")] = False,
 ) -> None:
     """Show what a run would do: arithmetic, schedule, command, configuration. Starts nothing."""
     decided, differences = _decide(file, overrides, out, debug_cpu)
+    shown = ""
+    if data:
+        shown = look_at_data(file, overrides or [], as_json=json_)
+        decided, differences = _decide(file, overrides, out, debug_cpu)  # now with the number of samples
     plan = decided.plan
     for line in differences:
         print(line, file=sys.stderr if json_ else sys.stdout)
     if json_:
-        print(json.dumps(as_json(plan), indent=2))
+        print(json.dumps({**as_json(plan), **({"data": json.loads(shown)} if data else {})}, indent=2))
         return
     console = console_on()
     _print_plan(plan, console)
     _print_command(plan)
     _print_config(decided.loaded, decided.recipe, console)
+    if data:
+        print(f"\n{shown}", end="")
 
 
 app.command("prepare", cls=CommandWithKeys)(prepare_command)
@@ -179,6 +186,7 @@ app.command("parity")(parity_command)
 app.command("chaos")(chaos_command)
 app.command("checkpoints")(checkpoints_command)
 app.command("export")(export_command)
+app.command("eval", cls=CommandWithKeys)(eval_command)
 app.command("generate")(generate_command)
 app.add_typer(recipes_app, name="recipes")
 app.command("config-schema")(schema_command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import asdict
 from inspect import cleandoc
@@ -79,6 +80,16 @@ def prepare_command(file: RunFile, overrides: Overrides = None, json_: AsJson = 
     _become("launch.prepare", [*(["--json"] if json_ else []), "--", file, *(overrides or [])])
 
 
+def look_at_data(file: str, overrides: list[str], *, as_json: bool) -> str:
+    """What the data of a run look like, in words, with colours where stdout shows them, or as JSON; prepares them."""
+    options = ["--look", *(["--json"] if as_json else []), *(["--colour"] if sys.stdout.isatty() else [])]
+    command = [sys.executable, "-m", "launch.prepare", *options, "--", file, *overrides]
+    done = subprocess.run(command, env=_without_devices(), stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:  # it has said why
+        raise typer.Exit(done.returncode)
+    return done.stdout
+
+
 def tokenize_command(
     file: RunFile,
     texts: Annotated[
@@ -94,8 +105,11 @@ def tokenize_command(
 
 def _become(module: str, arguments: list[str]) -> NoReturn:
     """Go on as the process that has torch, so that a signal reaches it and its exit code is the command's."""
-    environment = worker_environment({**python_environment(), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
-    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], _without_devices())
+
+
+def _without_devices() -> dict[str, str]:
+    return worker_environment({**python_environment(), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
 
 
 def schema_command() -> None:

@@ -12,9 +12,10 @@ from typing import Annotated
 import typer
 
 from launch.checkpoint_export import export
-from launch.cli_arguments import AsJson, RunFolder
+from launch.cli_arguments import AsJson, Overrides, RunFolder
 from launch.disk import size_in_words
 from launch.errors import ConfigError, RunFolderError
+from launch.evaluation import evaluate
 from launch.inventory import TITLES, Entry, discard, inventory, newest, rows, superfluous
 from launch.inventory import as_json as inventory_as_json
 from launch.plan import python_environment
@@ -90,6 +91,35 @@ def export_command(
     tied = "".join(f"; one weight: {', '.join(group)}" for group in done.tied)
     print(f"{done.parameters:,} parameters of {done.checkpoint.name}; {done.tensors} tensors load as stored{tied}")
     print(f"model: {done.folder}")
+
+
+def eval_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of one of its checkpoints.")],
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="export, newest, best, or its name [export, of an unfinished run newest]."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="FILE", help="Evaluate on this instead; may be given several times."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Where to keep it [RUN/eval/<checkpoint>-<time>].")
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """Evaluate a run again, without training: alone or on several processes, with the same numbers.
+
+    Overrides may change devices and strategy, how it is evaluated, and the validation data.
+    """
+    result = evaluate(run, checkpoint, data or [], overrides or [], out, lambda text: print(text, file=sys.stderr))
+    if json_:
+        print(json.dumps(result))
+        return
+    for name, value in result["metrics"].items():
+        print(f"{name}: {value:,.4f}")
+    print(f"samples: {result['samples']:,}\nrun folder: {result['run_folder']}")
 
 
 def generate_command(

@@ -53,6 +53,10 @@ class Processes(_Frozen):
     """Main memory for each process."""
 
 
+EVAL_BATCH_SIZE = 8
+"""Samples a process evaluates at once where only an evaluation was asked for and no size is known."""
+
+
 class BatchPlan(_Frozen):
     """global = micro × accumulation × world."""
 
@@ -110,8 +114,18 @@ class Decided:
     recipe: Recipe
 
 
-def decide(file: str, overrides: list[str], out: Path | None, world: World, machine: Machine | None = None) -> Decided:
+def decide(
+    file: str,
+    overrides: list[str],
+    out: Path | None,
+    world: World,
+    machine: Machine | None = None,
+    *,
+    evaluates: bool = False,
+) -> Decided:
     """From a run file (or the name of a shipped one) and overrides to a plan for this machine, or for another.
+
+    A plan that only `evaluates` does not mind how the batches of updates divide over processes.
 
     Raises:
         LaunchError: the run cannot be; nothing was started or written.
@@ -128,7 +142,7 @@ def decide(file: str, overrides: list[str], out: Path | None, world: World, mach
     loaded = take_over(loaded, outside)
 
     def planned(fits: Fits | None) -> Plan:
-        plan = make_plan(loaded, machine, world, preview, folder, fits)
+        plan = make_plan(loaded, machine, world, preview, folder, fits, evaluates=evaluates)
         return plan.model_copy(update={"deepspeed": agreed(plan, loaded, outside)})
 
     plan = planned(None)
@@ -167,6 +181,8 @@ def make_plan(
     preview: Preview,
     run_folder: Path,
     fits: Fits | None = None,
+    *,
+    evaluates: bool = False,
 ) -> Plan:
     """Decide a run on this machine, or inside the `world` that a launcher has already started.
 
@@ -179,7 +195,10 @@ def make_plan(
     config = loaded.config
     processes = _processes(loaded, machine, world)
     _check_abilities(loaded, processes)
-    batch = _batch(loaded, processes.world_size, preview, fits)
+    if evaluates:
+        batch = _evaluation_batch(loaded, processes.world_size)
+    else:
+        batch = _batch(loaded, processes.world_size, preview, fits)
     return Plan(
         shoal=__version__,
         config=config,
@@ -342,6 +361,20 @@ def _batch(loaded: Loaded, world_size: int, preview: Preview, fits: Fits | None)
         candidates=candidates,
         eval_batch_size=loaded.config.eval.batch_size or micro,
         tokens_per_update=tokens * total if tokens else None,
+    )
+
+
+def _evaluation_batch(loaded: Loaded, world_size: int) -> BatchPlan:
+    """What an evaluation takes at once; of updates, which it does not make, any that divides."""
+    micro = loaded.config.train.micro_batch_size
+    size = loaded.config.eval.batch_size or (micro if isinstance(micro, int) else EVAL_BATCH_SIZE)
+    return BatchPlan(
+        global_batch_size=size * world_size,
+        micro_batch_size=size,
+        accumulation=1,
+        candidates=(),
+        eval_batch_size=size,
+        tokens_per_update=None,
     )
 
 

@@ -6,11 +6,14 @@ python -m launch.prepare [--json] FILE [key=value …]    (what `shoal prepare` 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from launch.cache import Cache
 from launch.config import RunConfig, load
@@ -80,11 +83,13 @@ def main() -> None:
     """Prepare, and say what is there."""
     arguments = _read_arguments(sys.argv[1:])
 
-    def prepared() -> str:
-        found = _prepare_file(arguments.file, arguments.overrides)
+    def work() -> str:
+        found, prepared = _prepare_file(arguments.file, arguments.overrides)
+        if arguments.look:
+            return _look(prepared, as_json=arguments.json, in_colour=arguments.colour)
         return json.dumps(found) if arguments.json else _in_words(found)
 
-    answer(prepared)
+    answer(work)
 
 
 def answer(work: Callable[[], str]) -> None:
@@ -107,6 +112,8 @@ def _read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("file", metavar="FILE", help="a run file, or the name of a shipped one")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of the run file")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--look", action="store_true", help="look at the data, and show the first samples")
+    parser.add_argument("--colour", action="store_true", help="with --look: for a terminal")
     return parser.parse_args(arguments)
 
 
@@ -118,7 +125,21 @@ def _keep_stdout_for_results() -> IO[str]:
     return results
 
 
-def _prepare_file(file: str, overrides: list[str]) -> dict[str, Any]:
+def _look(prepared: Prepared, *, as_json: bool, in_colour: bool) -> str:
+    """What the data look like, all of them, and the first samples."""
+    from launch.engine.preflight import look, preview
+
+    found = look(prepared)
+    if as_json:
+        return json.dumps(found.as_json())
+    shown = io.StringIO()
+    console = Console(file=shown, highlight=False, soft_wrap=True, force_terminal=in_colour)
+    for line in [*found.lines(), "", *preview(prepared)]:
+        console.print(line, markup=False)
+    return shown.getvalue().rstrip()
+
+
+def _prepare_file(file: str, overrides: list[str]) -> tuple[dict[str, Any], Prepared]:
     """Prepare the data of a run file, whatever devices it asks for; what is there now."""
     loaded = load(find_run_file(file), overrides)
     recipe = load_recipe(loaded)
@@ -130,13 +151,14 @@ def _prepare_file(file: str, overrides: list[str]) -> dict[str, Any]:
         prepared, cache = prepare(recipe, loaded.config, display)
     finally:
         display.close()
-    return {
+    found = {
         "recipe": loaded.config.recipe,
         "samples": {"train": _size(prepared.train), "validation": _size(prepared.validation)},
         "cache": str(cache.root),
         "folders": [str(folder) for folder in cache.folders],
         "prepared": [str(folder) for folder, by_us in cache.folders.items() if by_us],
     }
+    return found, prepared
 
 
 def _size(data: Samples | Stream) -> int | None:

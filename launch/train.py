@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -117,6 +118,7 @@ def _read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of the run file")
     parser.add_argument("--out", type=Path, metavar="RUN_FOLDER", help="where to keep the run")
     parser.add_argument("--trials", action="store_true", help="only find out which micro-batch sizes fit")
+    parser.add_argument("--weights", type=Path, metavar="FOLDER", help="only evaluate, with these weights")
     return parser.parse_args(arguments)
 
 
@@ -134,6 +136,8 @@ class Start:
     """The run folder; None until rank 0 has made it, where no launcher did."""
     trials: bool = False
     """Whether this world only tries micro-batch sizes."""
+    weights: Path | None = None
+    """A checkpoint or an exported model, where it is only to be evaluated."""
     lock: FileLock | None = None
     """Of the run folder; on rank 0, where no launcher holds it."""
 
@@ -174,7 +178,7 @@ def begin(arguments: argparse.Namespace, world: World) -> Start | None:
             f"{plan.processes.world_size}; start it with the command recorded there, or plan a new run"
         )
     refuse_another(plan, given, world)
-    return Start(plan, recipe_of(plan.config), world, given, arguments.trials)
+    return Start(plan, recipe_of(plan.config), world, given, arguments.trials, arguments.weights)
 
 
 def _say_finished(folder: Path, world: World) -> None:
@@ -240,16 +244,21 @@ def work(start: Start, stop: StopRequest) -> None:
     display, data = Display(start.world.rank == 0), None
     try:
         prepared, problem = _prepare(start, display)
-        stop.immediate = start.trials  # from here on ranks wait for each other, and there will be something to save
+        # From here on ranks wait for each other, and there will be something to save.
+        stop.immediate = start.trials or start.weights is not None
         data = open_data(start.plan, prepared, start.world.rank) if prepared else None
         accelerator = make_accelerator(start.plan)
         raise_together(accelerator, problem)
         assert prepared is not None and data is not None, "no rank had a problem"
         folder = start.folder = start.folder or _make_folder(start, accelerator, display)
         with _memory_may_run_out(start):
+            if start.weights:
+                prepared = _with_weights(prepared, start.weights)
             run = Run(start.plan, folder, prepared, data, accelerator, display, lambda: stop.number)
             if start.trials:
                 return _try_sizes(run)
+            if start.weights:
+                return _evaluate(run, start.weights)
             if accelerator.is_main_process:
                 _look_at_data(prepared, folder, display)
             run.train()
@@ -296,6 +305,34 @@ def _try_sizes(run: Run) -> None:
     peaks = try_sizes(run.step, run.prepared, run.plan.batch.candidates, limit, managed)
     if run.accelerator.is_main_process:
         write_json(run.folder / "result.json", {"peaks": peaks, "limit": limit})
+    _leave(run.accelerator)
+
+
+def _with_weights(prepared: Prepared, folder: Path) -> Prepared:
+    def build_model() -> Any:
+        from launch.engine.weights import load_weights
+
+        model = prepared.build_model()
+        load_weights(model, folder)
+        return model
+
+    return dataclasses.replace(prepared, build_model=build_model)
+
+
+def _evaluate(run: Run, weights: Path) -> None:
+    """Evaluate once; rank 0 writes down what came out."""
+    score = run.score()
+    metrics = run.metrics(score)
+    if run.accelerator.is_main_process:
+        write_json(run.folder / "evaluation.json", {"weights": str(weights), **metrics, **score.details})
+        result = {
+            "weights": str(weights),
+            "metrics": metrics,
+            "samples": score.counts.samples,
+            "targets": score.counts.targets,
+            "run_folder": str(run.folder),
+        }
+        write_json(run.folder / "result.json", result)
     _leave(run.accelerator)
 
 

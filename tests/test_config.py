@@ -139,7 +139,8 @@ REFUSED = [
     ),
     (
         "train.early_stopping_patience=2",
-        "train.early_stopping_patience = 2: needs evaluations while training; set eval.every_steps or eval.every_epochs",
+        "train.early_stopping_patience = 2: "
+        "needs evaluations while training; set eval.every_steps or eval.every_epochs",
     ),
     (
         "parallel.strategy=single parallel.devices=2",

@@ -359,9 +359,7 @@ class Run:
 
     def _evaluate(self, update: int) -> tuple[Score | None, Judgement]:
         """The score, and what it means; rank 0 judges, lest a last bit split the ranks."""
-        self.display.start("evaluating", self.evaluation.size)
-        score = self.evaluation(self.model, self.display.advance, lambda: self._signal() is not None)
-        self.display.finish()
+        score = self._score(lambda: self._signal() is not None)
         if score is None:
             return None, Judgement(best=False, stop=False)
         metrics = self.metrics(score)
@@ -384,6 +382,18 @@ class Run:
         shown = "  ".join(f"{name} {value:,.4f}" for name, value in metrics.items())
         self.display.say(f"update {update:>5}: validation {shown}")
         return score, judgement
+
+    def _score(self, interrupted: Callable[[], bool]) -> Score | None:
+        self.display.start("evaluating", self.evaluation.size)
+        score = self.evaluation(self.model, self.display.advance, interrupted)
+        self.display.finish()
+        return score
+
+    def score(self) -> Score:
+        """The score of the model as it is."""
+        score = self._score(lambda: False)
+        assert score is not None, "nothing interrupts it"
+        return score
 
     def metrics(self, score: Score) -> dict[str, float]:
         """The validation loss, and what the recipe makes of it and of its predictions."""
