@@ -68,7 +68,8 @@ def trained(
     from launch.engine.data import open_data
     from launch.engine.progress import Display
     from launch.engine.run import Run
-    from launch.engine.sharding import full_state, make_accelerator
+    from launch.engine.gathering import full_state
+    from launch.engine.sharding import make_accelerator
     from recipes.causal_lm import collate, count, loss
     from tests.test_engine_export import tokenizer
 
@@ -415,7 +416,8 @@ def spoiled(strategy: str, source: str, folder: str, what: str) -> tuple[str, fl
     from launch.engine.data import open_data
     from launch.engine.progress import Display
     from launch.engine.run import Run
-    from launch.engine.sharding import full_state, make_accelerator
+    from launch.engine.gathering import full_state
+    from launch.engine.sharding import make_accelerator
     from recipes.causal_lm import collate, count, loss
     from tests.test_engine_export import tokenizer
 
