@@ -48,7 +48,7 @@ def check_lora(from_scratch: bool) -> None:
         raise ConfigError("recipe_args.lora: needs the package peft; pip install 'shoal[lora]'")
     if from_scratch:
         raise ConfigError(
-            "recipe_args.lora: adapters belong to a base that is kept somewhere, but recipe_args.from_scratch=true makes "
+            "recipe_args.lora: adapters belong to a base that is kept, but recipe_args.from_scratch=true makes "
             "a random one; set recipe_args.from_scratch=false"
         )
 

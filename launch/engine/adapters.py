@@ -1,4 +1,4 @@
-"""What is particular to models with adapters (PEFT): their names, the adapter alone, and the model it is merged into."""
+"""What is particular to models with adapters (PEFT): the adapter alone, and the model it is merged into."""
 
 from __future__ import annotations
 
@@ -80,13 +80,12 @@ def _change(layer: Any) -> torch.Tensor:
         if embedding
         else (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     )
-    change = layer.scaling["default"] * (second.detach() @ first.detach())
+    change: torch.Tensor = layer.scaling["default"] * (second.detach() @ first.detach())
     return change.T if embedding or layer.fan_in_fan_out else change
 
 
-def unlike_merged(merged: Any, model: Any) -> list[str]:
-    """Names of weights that a merged model lacks, has besides, or with other values than those of `model` merged."""
-    expected = merged_weights(model)
+def unlike_merged(merged: Any, expected: dict[str, torch.Tensor]) -> list[str]:
+    """Names of weights that a merged model lacks, has besides, or with other values than `merged_weights` expected."""
     found = dict(merged.named_parameters(remove_duplicate=False))
     wrong = sorted(expected.keys() ^ found.keys())
     for name in expected.keys() & found.keys():

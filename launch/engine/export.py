@@ -105,8 +105,8 @@ def plain_name(name: str) -> str | None:
 def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prepared, sums: Sums, path: Path) -> None:
     """Write one short validation sample and the logits of the live model, to compare the reloaded model with.
 
-    With it go the sums of its weights and the names of tied ones, as they are without adapters. Every rank must call this: with sharded weights a
-    forward pass is a collective.
+    With it go the sums of its weights, and the names of tied ones as they are without adapters. Every rank must call
+    this: with sharded weights a forward pass is a collective.
     """
     live = model if accelerator.distributed_type == DistributedType.DEEPSPEED else unwrapped(model)
     live.eval()

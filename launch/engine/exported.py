@@ -79,9 +79,9 @@ def unlike(model: Any, probe: Path) -> list[str]:
 
 
 def _unlike_merged(model: Any, adapter: Path) -> list[str]:
-    from launch.engine.adapters import unlike_merged
+    from launch.engine.adapters import merged_weights, unlike_merged  # needs PEFT
 
-    return unlike_merged(model, load_exported(adapter)[0])
+    return unlike_merged(model, merged_weights(load_exported(adapter)[0]))
 
 
 def untied(model: Any, probe: Path) -> list[str]:

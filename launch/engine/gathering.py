@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -37,7 +39,8 @@ def trained_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str,
         state = _deepspeed_state(bare, keep=accelerator.is_main_process, frozen=False)
     elif accelerator.distributed_type == DistributedType.FSDP:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        state = dict(get_model_state_dict(model, options=options))
+        gathered: Any = get_model_state_dict(model, options=options)
+        state = dict(gathered)
     else:
         state = dict(bare.state_dict())
     frozen = {name for name, value in bare.named_parameters(remove_duplicate=False) if not value.requires_grad}

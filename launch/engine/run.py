@@ -19,6 +19,7 @@ from launch.engine.checkpoint import model_files
 from launch.engine.contract import check_sums, checked
 from launch.engine.data import Data
 from launch.engine.export import has_adapters, write_model, write_probe
+from launch.engine.frozen import hashes
 from launch.engine.inference import Inference
 from launch.engine.keeping import Keeper
 from launch.engine.loop import Step, StepResult, fit
@@ -77,6 +78,7 @@ class Run:
         )
         """How many numbers the whole model has, each tied weight once, and how many of them are trained."""
         self._model_files = model_files(model, prepared.tokenizer) if accelerator.is_main_process else {}
+        self._frozen = hashes(model)
         if config.train.activation_checkpointing:
             checkpoint_activations(model)
         if config.train.compile:
@@ -186,6 +188,7 @@ class Run:
             self.optimizer,
             self.display.say,
             self._signal,
+            self._frozen,
         )
         found = self.keeper.find(config, self.prepared)
         state = found.state if found else {}
@@ -195,7 +198,9 @@ class Run:
             self.tracker = Tracker(self.folder, track.wandb, track.project, settings, state.get("tracker", {}))
             self.keeper.tracker = self.tracker
         if found is None:
-            self.keeper.refuse_without_space(self.parameters, self.optimizer, self.schedule.total)
+            self.keeper.refuse_without_space(
+                self.trainable if self._frozen else self.parameters, self.optimizer, self.schedule.total
+            )
             check_sums(accelerator, self.model, self.prepared, self.loss)
             return self._work()
         self._restore(state)
