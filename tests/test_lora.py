@@ -154,6 +154,7 @@ def untied_language_model(folder: Path) -> tuple[Any, str]:
 
 def classifier_of_a_base_without_head(folder: Path) -> tuple[Any, str]:
     sizes = {"vocab_size": tiny.VOCABULARY, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
+    torch.manual_seed(1)
     DistilBertModel(DistilBertConfig(**sizes)).save_pretrained(folder)
     kind = "AutoModelForSequenceClassification"
     model, told = getattr(transformers, kind).from_pretrained(folder, num_labels=5, output_loading_info=True)
