@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.checkpoints import checkpoints_folder, damage, listed
+from launch.checkpoints import checkpoints_folder, damage, listed, read_state
 from launch.errors import ExportError, RunFolderError
 from launch.inventory import best_first, inventory, newest
 from launch.plan import python_environment
@@ -51,18 +51,25 @@ def choose(run: Path, which: str) -> Path:
     return folder
 
 
-def export(run: Path, which: str, out: Path | None) -> Exported:
-    """Make a Hugging Face folder of a checkpoint.
+def export(run: Path, which: str, out: Path | None, *, adapter: bool = False) -> Exported:
+    """Make a Hugging Face folder of a checkpoint; with `adapter`, of the adapter alone and not of the merged model.
 
     Raises:
         RunFolderError: there is no such good checkpoint, or the folder for the model is not empty.
+        DataError: the base of an adapter is not the one it was trained on.
         ExportError: the model cannot be made, or does not load as what is stored.
     """
     checkpoint = choose(run, which).absolute()
-    folder = (out or run / f"export-{checkpoint.name}").absolute()
+    folder = (out or run / f"{'adapter' if adapter else 'export'}-{checkpoint.name}").absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise RunFolderError(f"{folder}: is there already; nothing is ever overwritten: choose another --out")
-    command = [sys.executable, "-m", "launch.engine.from_checkpoint", str(checkpoint), str(folder)]
+    # What lies beneath adapters is not in the checkpoint: the recipe builds it once more.
+    adapted = bool(read_state(checkpoint).get("frozen"))
+    if adapter and not adapted:
+        raise RunFolderError(f"{checkpoint}: holds no adapters; runs with recipe_args.lora do. Leave --adapter out")
+    module = "launch.rebuild" if adapted else "launch.engine.from_checkpoint"
+    command = [sys.executable, "-m", module, str(checkpoint), str(folder)]
+    command += ["adapter" if adapter else "merged"] if adapted else []
     # A process of its own: this one stays free of torch.
     environment = worker_environment({**python_environment(), "CUDA_VISIBLE_DEVICES": ""})
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

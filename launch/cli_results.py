@@ -80,11 +80,12 @@ def export_command(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write the model [RUN/export-<checkpoint>].")
     ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, not the merged model.")] = False,
     json_: AsJson = False,
 ) -> None:
     """Make a plain Hugging Face folder of a checkpoint, and see that it loads as what is stored."""
     read_plan(run)
-    done = export(run, checkpoint, out)
+    done = export(run, checkpoint, out, adapter=adapter)
     if json_:
         print(json.dumps({**asdict(done), "folder": str(done.folder), "checkpoint": str(done.checkpoint)}))
         return
@@ -128,9 +129,13 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 60,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="With the base and RUN/adapter, not the merged model.")
+    ] = False,
 ) -> None:
     """Continue a text with the model that a run exported."""
-    command = [sys.executable, "-m", "launch.engine.exported", "continue", str(model_folder(run)), prompt]
+    folder = model_folder(run, adapter=adapter)
+    command = [sys.executable, "-m", "launch.engine.exported", "continue", str(folder), prompt]
     command += [str(max_new_tokens), str(temperature), str(seed)]
     # A process of its own: this one stays free of torch.
     raise typer.Exit(subprocess.run(command, env=worker_environment(python_environment()), check=False).returncode)

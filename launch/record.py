@@ -8,6 +8,7 @@ logs/           rank-N.log, one per process
 metrics.jsonl   one object a line
 checkpoints/    step-000100/ …
 export/         the trained model as a Hugging Face folder
+adapter/        where adapters were trained, these alone
 result.json     how it ended well
 stopped.json    which signal stopped it, and after which update
 failure-N.json  how rank N failed
@@ -179,12 +180,18 @@ def read_plan(folder: Path) -> Plan:
         raise RunFolderError(f"{path}: cannot be read: {error}") from None
 
 
-def model_folder(run: Path) -> Path:
+def model_folder(run: Path, *, adapter: bool = False) -> Path:
     """The exported model of a run folder, or the folder itself where it is a Hugging Face model.
+
+    With `adapter`, that of the adapter alone, which is used with the model that it was trained for.
 
     Raises:
         RunFolderError: there is no model.
     """
+    if adapter:
+        if (run / "adapter/adapter_config.json").is_file():
+            return run / "adapter"
+        raise RunFolderError(f"{run}: has no adapter/; runs with recipe_args.lora write one. Leave --adapter out")
     for folder in (run / "export", run):
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return folder
@@ -203,6 +210,8 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"sample: {result['sample']!r}")
     if "export" in result:
         lines.append(f"model: {result['export']} (reloaded and checked)")
+    if "adapter" in result:
+        lines.append(f"adapter alone: {result['adapter']} (reloaded and checked)")
     lines.append(f"run folder: {result['run_folder']}")
     return "\n".join(lines)
 

@@ -423,9 +423,9 @@ def finish(run: Run) -> None:
     result = run.result()
     if run.plan.config.save.export:
         run.display.say("checking the export in a fresh process")
-        answer = _check_export(run)
+        answer = check_export(run)
         run.tracker.write("export", run.updates_done, difference=answer["difference"])
-        result |= {"export": str(run.folder / "export"), **answer}
+        result |= answer
     result["summary"] = summary(result)
     write_json(run.folder / "result.json", result)
     run.tracker.close()
@@ -433,38 +433,53 @@ def finish(run: Run) -> None:
         print(result["summary"], flush=True)
 
 
-def _check_export(run: Run) -> dict[str, Any]:
+def check_export(run: Run) -> dict[str, Any]:
+    """Load what was exported in fresh processes, the adapter alone too where there is one; what to tell of it."""
+    from launch.engine.export import has_adapters
+
+    export, adapter, probe = run.folder / "export", run.folder / "adapter", run.folder / "probe.safetensors"
+    prompt, found = run.prepared.sample_prompt or "", {"export": str(export)}
+    if has_adapters(run.model):
+        _check(run, adapter, probe, "")
+        found["adapter"] = str(adapter)
+        answer = _check(run, export, probe, prompt, str(adapter))
+    else:
+        answer = _check(run, export, probe, prompt)
+    probe.unlink()
+    return {**found, **answer}
+
+
+def _check(run: Run, folder: Path, probe: Path, *more: str) -> dict[str, Any]:
+    """Have a folder checked against the probe; `more` is what else the process takes."""
     from launch.engine.exported import BF16_TOLERANCE, TOLERANCE
 
     plan = run.plan
     # A sharded model cannot leave bf16 for its last forward pass; any other compares in fp32.
     in_bf16 = plan.config.train.precision == "bf16" and plan.processes.strategy.shards
     tolerance = BF16_TOLERANCE if in_bf16 else TOLERANCE
-    export, probe = run.folder / "export", run.folder / "probe.safetensors"
-    command = [sys.executable, "-m", "launch.engine.exported", "check", str(export), str(probe)]
-    command += [run.accelerator.device.type, run.prepared.sample_prompt or ""]
+    command = [sys.executable, "-m", "launch.engine.exported", "check", str(folder), str(probe)]
+    command += [run.accelerator.device.type, *more]
     environment = worker_environment(python_environment())
     checked = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, preexec_fn=ignore_signals
     )
     if checked.returncode:
-        raise ExportError(f"{export}: does not load again:\n{checked.stderr.strip()}")
+        raise ExportError(f"{folder}: does not load again:\n{checked.stderr.strip()}")
     answer: dict[str, Any] = json.loads(checked.stdout.splitlines()[-1])
     if unlike := answer.pop("unlike"):
         shown = ", ".join(unlike[:3]) + (f" and {len(unlike) - 3} more" if len(unlike) > 3 else "")
         raise ExportError(
-            f"{export}: weights of the trained model are missing in it, or are others: {shown}; both are kept for "
+            f"{folder}: weights of the trained model are missing in it, or are others: {shown}; both are kept for "
             f"inspection, see {probe.name}"
         )
     if untied := answer.pop("untied"):
-        raise ExportError(f"{export}: weights tied in the trained model no longer are: {', '.join(untied)}")
+        raise ExportError(f"{folder}: weights tied in the trained model no longer are: {', '.join(untied)}")
     # `not <=`: a difference that is not a number is a failure too.
     if not answer["difference"] <= tolerance:
         raise ExportError(
-            f"{export}: the reloaded model's logits differ from the trained model's by {answer['difference']:.2e} "
+            f"{folder}: the reloaded model's logits differ from the trained model's by {answer['difference']:.2e} "
             f"(allowed {tolerance:.0e}); both are kept for inspection, see {probe.name}"
         )
-    probe.unlink()
     return answer
 
 

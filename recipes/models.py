@@ -13,6 +13,7 @@ from launch.cache import Cache, file_identity
 from launch.errors import ConfigError, DataError
 from launch.recipe import HubNameOrFolder, RecipeArgs
 from recipes.files import short
+from recipes.lora import Lora, add_adapters, check_lora
 from recipes.text import check_hub
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class ModelArgs(RecipeArgs):
     """Dropout everywhere in the model; 0 makes runs comparable over numbers of processes."""
     trust_remote_code: tuple[str, ...] = ()
     """Names of models or tokenizers whose own Python code may be run; none unless named here."""
+    lora: Lora | None = None
+    """Train low-rank adapters (needs the extra `shoal[lora]`); null: train all weights."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def check_model(args: ModelArgs) -> None:
     """See, without torch, that the model can be there.
 
     Raises:
-        ConfigError: arguments that exclude each other.
+        ConfigError: arguments that exclude each other, or adapters without PEFT.
         DataError: no such folder, or not in the cache and the Hub does not answer.
     """
     if args.config_overrides and not args.from_scratch:
@@ -69,6 +72,8 @@ def check_model(args: ModelArgs) -> None:
         )
     if args.tokenizer == EMBEDDED:
         raise ConfigError("recipe_args.tokenizer = embedded: goes with recipe_args.model=embedded only; leave it out")
+    if args.lora:
+        check_lora(args.from_scratch)
     for key, name in (("recipe_args.model", args.model), ("recipe_args.tokenizer", args.tokenizer)):
         if name is None or name == EMBEDDED:
             continue
@@ -167,9 +172,10 @@ class Source:
             )
 
     def build(self, kind: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """The model on CPU in fp32, of a class of transformers such as `AutoModelForCausalLM`.
+        """The model on CPU in fp32, of a class of transformers such as `AutoModelForCausalLM`; with adapters if wished.
 
         Raises:
+            ConfigError: it has no such modules as those that shall get adapters.
             DataError: its weights cannot be loaded.
         """
         import torch
@@ -180,14 +186,15 @@ class Source:
         if args.from_scratch:
             model = loader.from_config(config, trust_remote_code=trusted, dtype=torch.float32)
         else:
+            settings = {"config": config, "trust_remote_code": trusted, "dtype": torch.float32}
             try:
-                model = loader.from_pretrained(source, config=config, trust_remote_code=trusted, dtype=torch.float32)
+                model, told = loader.from_pretrained(source, output_loading_info=True, **settings)
             except (OSError, ValueError) as error:
                 raise DataError(f"recipe_args.model = {args.model}: cannot be loaded: {short(error)}") from error
         for name in _TOKEN_IDS:
             if model.can_generate() and getattr(tokenizer, name) is not None:
                 setattr(model.generation_config, name, getattr(tokenizer, name))
-        return model
+        return add_adapters(model, args.lora, kind, told["missing_keys"]) if args.lora else model
 
     def tokenizer_identity(self) -> Any:
         """What the tokenizer is, for the key of what is made with it; known without importing one."""

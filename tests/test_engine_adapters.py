@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from launch.engine.exported import TOLERANCE, difference, load_exported, unlike
+from launch.engine.exported import TOLERANCE, difference, load_exported, unlike, untied
 from launch.recipe import Prepared
 from launch.topology import read_world
 from tests import tiny
@@ -18,6 +19,8 @@ from tests.test_engine_sharding import plan_for
 
 pytest.importorskip("peft", reason="the package peft is not installed")
 
+from launch.engine.adapters import merged_weights, unlike_merged
+
 
 def attempt(strategy: str, world_size: int, source: str, folder: str, stop_at: int | None) -> dict[str, Any]:
     """Train adapters on a base that is frozen; this rank's result."""
@@ -25,9 +28,10 @@ def attempt(strategy: str, world_size: int, source: str, folder: str, stop_at: i
     from transformers import AutoModelForCausalLM
 
     from launch.engine.data import open_data
+    from launch.engine.gathering import full_state
     from launch.engine.progress import Display
     from launch.engine.run import Run
-    from launch.engine.sharding import full_state, make_accelerator
+    from launch.engine.sharding import make_accelerator
     from recipes.causal_lm import collate, count, loss
     from tests.test_engine_export import tokenizer
 
@@ -73,15 +77,34 @@ def test_adapters_are_trained_resumed_and_exported(strategy: str, tmp_path: Path
     frozen = "base_model.model.transformer.h.0.mlp.c_fc.weight"
     assert np.array_equal(expected[frozen], base["transformer.h.0.mlp.c_fc.weight"].numpy())
 
-    export, probe = whole / "export", whole / "probe.safetensors"
-    assert sorted(load_file(export / "adapter_model.safetensors")) == sorted(
-        name.replace(".default", "") for name in adapters
-    )
-    assert not (export / "model.safetensors").exists(), "the base is not written once more"
-    loaded, _ = load_exported(export)
+    adapter, export, probe = whole / "adapter", whole / "export", whole / "probe.safetensors"
+    stored = load_file(adapter / "adapter_model.safetensors")
+    assert sorted(stored) == sorted(name.replace(".default", "") for name in adapters)
+    assert not (adapter / "model.safetensors").exists(), "the base is not written once more"
+    loaded, _ = load_exported(adapter)
     assert difference(loaded, probe, "cpu") <= TOLERANCE
     assert unlike(loaded, probe) == []
-    # What a save that gathers nothing leaves: a file of 40 bytes, which loads with a warning.
-    save_file({}, export / "adapter_model.safetensors", metadata={"format": "pt"})
-    spoiled, _ = load_exported(export)
-    assert sorted(unlike(spoiled, probe)) == sorted(adapters)
+
+    merged = load_file(export / "model.safetensors")
+    assert merged.keys() == base.keys()
+    for name, value in merged.items():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        changed = f"{layer}.lora_A.default.weight" in expected and name.endswith(".weight")
+        first, second = (expected[f"{layer}.lora_{each}.default.weight"] if changed else None for each in "AB")
+        # By the definition, with alpha / r = 8 / 2; GPT-2 keeps its weights transposed.
+        wanted = base[name].numpy() + (4 * (second @ first).T if changed else 0)
+        assert np.allclose(value.numpy(), wanted, rtol=0, atol=1e-6), name
+    plain, _ = load_exported(export)
+    assert type(plain).__name__ == "GPT2LMHeadModel"
+    assert difference(plain, probe, "cpu") <= TOLERANCE
+    assert unlike_merged(plain, merged_weights(loaded)) == []
+    assert untied(plain, probe) == untied(loaded, probe) == []
+    with torch.no_grad():
+        plain.transformer.h[1].attn.c_attn.weight[0, 0] += 0.01
+    assert unlike_merged(plain, merged_weights(loaded)) == ["transformer.h.1.attn.c_attn.weight"]
+
+    # What a save that gathers nothing leaves: a file of 40 bytes, which loads with a warning; and one of zeros.
+    zeros = {name: torch.zeros_like(value) for name, value in stored.items()}
+    for spoilt in ({}, zeros):
+        save_file(spoilt, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        assert sorted(unlike(load_exported(adapter)[0], probe)) == sorted(adapters)

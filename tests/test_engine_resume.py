@@ -54,9 +54,10 @@ def attempt(
     from transformers import AutoModelForCausalLM
 
     from launch.engine.data import open_data
+    from launch.engine.gathering import full_state
     from launch.engine.progress import Display
     from launch.engine.run import Run
-    from launch.engine.sharding import full_state, make_accelerator
+    from launch.engine.sharding import make_accelerator
     from recipes.causal_lm import collate, count, loss
     from tests.test_engine_export import tokenizer
 

@@ -66,9 +66,10 @@ def trained(
     from transformers import AutoModelForCausalLM
 
     from launch.engine.data import open_data
+    from launch.engine.gathering import full_state
     from launch.engine.progress import Display
     from launch.engine.run import Run
-    from launch.engine.sharding import full_state, make_accelerator
+    from launch.engine.sharding import make_accelerator
     from recipes.causal_lm import collate, count, loss
     from tests.test_engine_export import tokenizer
 
@@ -413,9 +414,10 @@ def spoiled(strategy: str, source: str, folder: str, what: str) -> tuple[str, fl
     from transformers import AutoModelForCausalLM
 
     from launch.engine.data import open_data
+    from launch.engine.gathering import full_state
     from launch.engine.progress import Display
     from launch.engine.run import Run
-    from launch.engine.sharding import full_state, make_accelerator
+    from launch.engine.sharding import make_accelerator
     from recipes.causal_lm import collate, count, loss
     from tests.test_engine_export import tokenizer
 

@@ -1,7 +1,9 @@
 """Uses an exported model as any user of it would: reload by plain `from_pretrained`, compare, continue a text.
 
-python -m launch.engine.exported check    FOLDER PROBE DEVICE PROMPT
+python -m launch.engine.exported check    FOLDER PROBE DEVICE PROMPT [ADAPTER]
 python -m launch.engine.exported continue FOLDER PROMPT MAX_NEW_TOKENS TEMPERATURE SEED
+
+With ADAPTER, the folder of an adapter alone, FOLDER must be the model that it is merged into.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from launch.engine.export import logits_of, sum_of
+from launch.engine.export import logits_of, plain_name, sum_of
 
 TOLERANCE = 1e-5
 """Largest difference of a logit, relative to the largest logit (at least 1)."""
@@ -34,13 +36,16 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
         return _model_in(str(folder)).eval(), transformers.AutoTokenizer.from_pretrained(folder)
     from peft import PeftModel
 
-    base = _model_in(json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    name = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = _model_in(name, folder if (folder / "config.json").is_file() else None)
     return PeftModel.from_pretrained(base, folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def _model_in(name_or_folder: str) -> Any:
-    config = transformers.AutoConfig.from_pretrained(name_or_folder)
-    return getattr(transformers, config.architectures[0]).from_pretrained(name_or_folder, dtype=torch.float32)
+def _model_in(name_or_folder: str, configured: Path | None = None) -> Any:
+    """The model of a folder, with the configuration in another one if there is such."""
+    config = transformers.AutoConfig.from_pretrained(configured or name_or_folder)
+    loader = getattr(transformers, config.architectures[0])
+    return loader.from_pretrained(name_or_folder, config=config, dtype=torch.float32)
 
 
 def difference(model: Any, probe: Path, device: str) -> float:
@@ -73,11 +78,17 @@ def unlike(model: Any, probe: Path) -> list[str]:
     return wrong
 
 
+def _unlike_merged(model: Any, adapter: Path) -> list[str]:
+    from launch.engine.adapters import merged_weights, unlike_merged  # needs PEFT
+
+    return unlike_merged(model, merged_weights(load_exported(adapter)[0]))
+
+
 def untied(model: Any, probe: Path) -> list[str]:
     """Names of weights that were one when the model was live, and are several now: they would be trained apart."""
     with safe_open(probe, "pt") as file:
         groups = json.loads((file.metadata() or {}).get("tied", "[]"))
-    found = dict(model.named_parameters(remove_duplicate=False))
+    found = {plain_name(name): value for name, value in model.named_parameters(remove_duplicate=False)}
     return [name for group in groups for name in group if found[name].data_ptr() != found[group[0]].data_ptr()]
 
 
@@ -103,8 +114,9 @@ def main(arguments: list[str]) -> None:
     verb, folder = arguments[0], Path(arguments[1])
     model, tokenizer = load_exported(folder)
     if verb == "check":
-        probe, device, prompt = arguments[2:]
-        answer: dict[str, Any] = {"unlike": unlike(model, Path(probe)), "untied": untied(model, Path(probe))}
+        probe, device, prompt, *adapter = arguments[2:]
+        wrong = _unlike_merged(model, Path(adapter[0])) if adapter else unlike(model, Path(probe))
+        answer: dict[str, Any] = {"unlike": wrong, "untied": untied(model, Path(probe))}
         answer["difference"] = difference(model, Path(probe), device)
         if prompt:
             answer["sample"] = continue_text(model, tokenizer, prompt, SAMPLE_TOKENS, 0.7, 0)

@@ -29,6 +29,7 @@ from launch.disk import size_in_words
 from launch.engine.agree import Requests, any_rank, from_main, raise_together
 from launch.engine.batching import Position
 from launch.engine.checkpoint import Checkpointer, Saved, find
+from launch.engine.frozen import Frozen
 from launch.engine.pieces import Piece, after_loading, pieces, remember
 from launch.engine.randomness import random_states, restore_random_states
 from launch.engine.sharding import innermost
@@ -64,7 +65,9 @@ class Keeper:
         optimizer: torch.optim.Optimizer,
         say: Callable[[str], None],
         signal: Callable[[], int | None],
+        frozen: dict[str, str],
     ) -> None:
+        """`frozen` are the hashes of the weights beneath adapters, as the recipe has built them."""
         self.tracker: Tracker | None = None
         """On rank 0 only."""
         self.failed: list[int] = []
@@ -72,6 +75,7 @@ class Keeper:
         self._accelerator, self._run, self._config, self._say = accelerator, run, save, say
         self._model, self._optimizer, self._signal = model, optimizer, signal
         self._checkpointer = Checkpointer(accelerator, run, files, asynchronous=save.asynchronous)
+        self._frozen = Frozen(frozen, pieces(accelerator, model, optimizer))
         self._losses: dict[int, float] = {}
         self._ranks: dict[int, float] = {}
         self._saved = 0
@@ -110,15 +114,18 @@ class Keeper:
         if position.update == self._saved:
             return
         held = [*pieces(self._accelerator, self._model, self._optimizer), *self._random_pieces()]
+        frozen = self._frozen.unchanged(held)
         content = {
             **state(),
+            "frozen": frozen,
             "world_size": self._accelerator.num_processes,
             "data": self._data,
             "losses": self._losses,
             "ranking": self._ranks,
             "versions": versions(),
         }
-        failed = self._checkpointer.begin(position.update, held, content)
+        stored = [piece for piece in held if piece.name not in frozen]
+        failed = self._checkpointer.begin(position.update, stored, content)
         if failed:
             self._report(failed)
         elif wait or not self._config.asynchronous:
@@ -160,8 +167,10 @@ class Keeper:
         scored = sorted((self._ranks[update], update) for update in saved if update in self._ranks)
         return [update for _, update in scored[: self._config.keep_best]]
 
-    def refuse_without_space(self, parameters: int, optimizer: torch.optim.Optimizer, updates: int) -> None:
+    def refuse_without_space(self, stored: int, optimizer: torch.optim.Optimizer, updates: int) -> None:
         """See, before there is anything to lose, that the disk has room for the checkpoints that will be kept.
+
+        `stored` is how many numbers of the model are.
 
         Raises:
             RunFolderError: it has not.
@@ -169,7 +178,7 @@ class Keeper:
         problem: LaunchError | None = None
         if self._accelerator.is_main_process:
             try:
-                self._check_space(4 * parameters * (1 + _memories(optimizer)), updates)
+                self._check_space(4 * stored * (1 + _memories(optimizer)), updates)
             except RunFolderError as error:
                 problem = error
         raise_together(self._accelerator, problem)
@@ -198,7 +207,7 @@ class Keeper:
 
         Raises:
             ConfigError: it was made with settings that mean other numbers.
-            DataError: the training data are not those it was made with.
+            DataError: the training data, or the weights beneath adapters, are not those it was made with.
         """
         self._data = _fingerprint(prepared)
         folder = find(self._accelerator, self._run, self._say)
@@ -207,7 +216,7 @@ class Keeper:
                 self._say("no checkpoint of this run is good: it begins anew")
             return None
         state = read_state(folder)
-        problem = _contradiction(folder, state, config, self._data)
+        problem = _contradiction(folder, state, config, self._data) or self._frozen.contradiction(folder, state)
         raise_together(self._accelerator, problem)
         self._losses = by_update(state["losses"])
         self._ranks = ranking(state)
@@ -225,7 +234,8 @@ class Keeper:
         problem: LaunchError | None = None
         try:
             for piece in pieces(self._accelerator, self._model, self._optimizer):
-                stored.load(piece)
+                if piece.name not in found.state.get("frozen", {}):  # these are there already
+                    stored.load(piece)
         except DamagedError as error:  # maybe on one rank only, and the others would wait for it
             problem = RunFolderError(f"{found.folder}: {error}; move it away to go on from an older one")
         raise_together(self._accelerator, problem)

@@ -18,7 +18,8 @@ from launch.engine.blocks import checkpoint_activations, compile_blocks
 from launch.engine.checkpoint import model_files
 from launch.engine.contract import check_sums, checked
 from launch.engine.data import Data
-from launch.engine.export import write_model, write_probe
+from launch.engine.export import has_adapters, write_model, write_probe
+from launch.engine.frozen import hashes
 from launch.engine.inference import Inference
 from launch.engine.keeping import Keeper
 from launch.engine.loop import Step, StepResult, fit
@@ -70,11 +71,14 @@ class Run:
         self._signal = signal
         self._trained = False
         self._evaluated = True
-        set_seed(config.train.seed)  # the same weights from scratch on every rank
-        model = prepared.build_model()
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        """Of the whole model, each tied weight once."""
+        model = self._build()
+        self.parameters, self.trainable = (
+            sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained)
+            for trained in (False, True)
+        )
+        """How many numbers the whole model has, each tied weight once, and how many of them are trained."""
         self._model_files = model_files(model, prepared.tokenizer) if accelerator.is_main_process else {}
+        self._frozen = hashes(model)
         if config.train.activation_checkpointing:
             checkpoint_activations(model)
         if config.train.compile:
@@ -117,6 +121,11 @@ class Run:
         self.keeper: Keeper | None = None
         """Once training has begun."""
 
+    def _build(self) -> Any:
+        """The recipe's model as it is before training, the same on every rank."""
+        set_seed(self.plan.config.train.seed)
+        return self.prepared.build_model()
+
     @property
     def updates_done(self) -> int:
         """Over all attempts."""
@@ -138,6 +147,9 @@ class Run:
             f"{self.parameters:,} parameters, {_amount(prepared.train)} training and {_amount(prepared.validation)} "
             f"validation samples, {total:,} updates"
         )
+        if self.trainable < self.parameters:
+            share = 100 * self.trainable / self.parameters
+            self.display.say(f"trainable: {self.trainable:,} of {self.parameters:,} parameters ({share:.2g} %)")
         work = self._begin()
         self._train(work)
         assert self.keeper is not None
@@ -150,8 +162,17 @@ class Run:
             else:
                 self.scores["after"] = score
         if self.stopped is None and config.save.export:
-            sums = write_model(self.accelerator, self.model, prepared.tokenizer, self.folder / "export")
-            write_probe(self.accelerator, self.model, prepared, sums, self.folder / "probe.safetensors")
+            self._export()
+
+    def _export(self) -> None:
+        accelerator, model, tokenizer = self.accelerator, self.model, self.prepared.tokenizer
+        if has_adapters(model):
+            from launch.engine.adapters import write_adapted  # needs PEFT
+
+            sums = write_adapted(accelerator, model, tokenizer, self.folder, self._build)
+        else:
+            sums = write_model(accelerator, model, tokenizer, self.folder / "export")
+        write_probe(accelerator, model, self.prepared, sums, self.folder / "probe.safetensors")
 
     # --- beginning and resuming ------------------------------------------------------------------------------
 
@@ -167,6 +188,7 @@ class Run:
             self.optimizer,
             self.display.say,
             self._signal,
+            self._frozen,
         )
         found = self.keeper.find(config, self.prepared)
         state = found.state if found else {}
@@ -176,7 +198,9 @@ class Run:
             self.tracker = Tracker(self.folder, track.wandb, track.project, settings, state.get("tracker", {}))
             self.keeper.tracker = self.tracker
         if found is None:
-            self.keeper.refuse_without_space(self.parameters, self.optimizer, self.schedule.total)
+            self.keeper.refuse_without_space(
+                self.trainable if self._frozen else self.parameters, self.optimizer, self.schedule.total
+            )
             check_sums(accelerator, self.model, self.prepared, self.loss)
             return self._work()
         self._restore(state)
@@ -429,6 +453,7 @@ class Run:
         """What came out, as plain data."""
         return {
             "updates": self.updates_done,
+            "parameters": {"all": self.parameters, "trainable": self.trainable},
             "validation": {when: self.metrics(score) for when, score in self.scores.items()},
             "best": self.best,
             "dtypes": asdict(self.dtypes) if self.dtypes else None,

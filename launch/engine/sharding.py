@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import unset_hf_deepspeed_config
 
 from launch.engine.precision import LossScale, names, optimizer_dtypes
-from launch.errors import TopologyError
+from launch.errors import ConfigError, TopologyError
 from launch.plan import Plan
 from launch.strategy import Dtypes, Strategy
 
@@ -218,6 +218,7 @@ class Updates:
         self.optimizer = optimizer
         self._accelerator, self._model, self._max_grad_norm = accelerator, model, max_grad_norm
         self._scale = scale
+        self._used = not isinstance(model, DistributedDataParallel)
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -233,7 +234,13 @@ class Updates:
         """Clip, change the weights, forget the gradients; the global L2 norm of the gradient before clipping.
 
         A norm that is not finite leaves the weights alone.
+
+        Raises:
+            ConfigError: DDP waits for gradients that never come.
         """
+        if not self._used:
+            _refuse_unused(self._model)
+            self._used = True
         if self._scale:
             gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
             torch._foreach_mul_(gradients, 1.0 / self._scale.value)
@@ -269,6 +276,21 @@ class Updates:
             return names({policy.reduce_dtype or torch.float32})
         # DDP adds up gradients as they are, and they are what the weights are.
         return names({parameter.dtype for parameter in self._model.parameters() if parameter.requires_grad})
+
+
+def _refuse_unused(model: torch.nn.Module) -> None:
+    """See, after the first backward pass, that every trained weight has a gradient.
+
+    DDP exchanges gradients in groups, and a group that lacks one is never exchanged: the next forward pass would end in
+    an error that names numbers only (torch 2.13, reducer.cpp, `ensure_prior_reduction_finished`).
+    """
+    unused = [name for name, value in unwrapped(model).named_parameters() if value.requires_grad and value.grad is None]
+    if unused:
+        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        raise ConfigError(
+            f"parallel.strategy = ddp: the loss does not depend on {shown}, and DDP needs a gradient of every trained "
+            "weight; set requires_grad_(False) on them in the recipe's build_model, or use parallel.strategy=fsdp2"
+        )
 
 
 class DeepSpeedUpdates(Updates):
@@ -371,40 +393,3 @@ def innermost(optimizer: Any) -> torch.optim.Optimizer:
         optimizer = optimizer.optimizer
     assert isinstance(optimizer, torch.optim.Optimizer)
     return optimizer
-
-
-def full_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All weights, unsharded, in the precision they are trained in (fp32); of use on rank 0 only.
-
-    Tied weights are one tensor under several names, so that they are saved once. Every rank must call this.
-    """
-    bare = unwrapped(model)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        state = _deepspeed_state(bare, keep=accelerator.is_main_process)
-    elif accelerator.distributed_type == DistributedType.FSDP:
-        state = dict(accelerator.get_state_dict(model))
-    else:
-        state = dict(bare.state_dict())
-    names: dict[int, str] = {}
-    for name, parameter in bare.named_parameters(remove_duplicate=False):
-        first = names.setdefault(id(parameter), name)
-        if name in state:
-            state[name] = state[first]
-    return state
-
-
-def _deepspeed_state(bare: torch.nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    state = dict(bare.state_dict()) if keep else {}
-    for name, parameter in bare.named_parameters():
-        if not parameter.requires_grad:
-            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                if keep:
-                    state[name] = parameter.detach().cpu().clone()
-            continue
-        weights = safe_get_full_fp32_param(parameter)  # the master copy, of which `parameter` may be a bf16 image
-        if keep:
-            state[name] = weights.detach().cpu()
-    return state
