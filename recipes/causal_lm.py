@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a position that is no target (torch's `cross_entropy` default)."""
 
+METRICS = ("perplexity",)
+"""What an evaluation gives beside the loss."""
+
 BATCH_OF_TEXTS = 1000
 """Texts handed to the tokenizer at once; it spreads them over the CPU cores."""
 
@@ -81,9 +84,9 @@ def preview(args: Args, context: RecipeContext) -> Preview:
         check_hub("recipe_args.dataset", args.dataset, "dataset")
     prepared = context.cache.path("tokens", _tokens_key(args, _source(args, context))) / "sizes.json"
     if not prepared.is_file():
-        return Preview(tokens_per_sample=args.block_size)
+        return Preview(tokens_per_sample=args.block_size, metrics=METRICS)
     sizes = json.loads(prepared.read_text())
-    return Preview(math.ceil(sizes["train"] / args.block_size), args.block_size)
+    return Preview(math.ceil(sizes["train"] / args.block_size), args.block_size, METRICS)
 
 
 def prepare(args: Args, context: RecipeContext) -> Prepared:

@@ -1,0 +1,153 @@
+"""What every shipped recipe keeps to, whatever its task: what the engine, the plan and `shoal` take for granted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from launch.assets import recipes_folder
+from launch.cache import Cache
+from launch.config import load
+from launch.engine.batching import Loader
+from launch.engine.export import logits_of
+from launch.engine.inference import Inference
+from launch.engine.precision import Autocast
+from launch.engine.preflight import look, preview
+from launch.engine.scoring import Evaluation
+from launch.engine.streams import first_samples
+from launch.recipe import Batch, Prepared, RecipeContext
+from launch.registry import load_recipe, shipped_recipes
+from tests.gloo import run_ranks
+
+RECIPES = shipped_recipes()
+RUN_FILES = sorted(recipes_folder().glob("*.yaml"))
+ROWS = 5
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def prepared_by(name: str, cache: str) -> Prepared:
+    """The embedded default, with few rows to evaluate on."""
+    recipe = load_recipe(load(recipes_folder() / f"{name}.yaml", []))
+    prepared = recipe.prepare(RecipeContext(Cache(Path(cache)), 0))
+    return dataclasses.replace(prepared, validation=first_samples(prepared.validation, ROWS))
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def recipe(request: pytest.FixtureRequest, cache: Path) -> tuple[str, Prepared, Any]:
+    prepared = prepared_by(request.param, str(cache))
+    torch.manual_seed(0)
+    return request.param, prepared, prepared.build_model().eval()
+
+
+def batch_of(prepared: Prepared, *positions: int) -> Batch:
+    return prepared.collate([prepared.validation[position] for position in positions])  # type: ignore[index]
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 7
+    assert len(RUN_FILES) > len(RECIPES)
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+def test_a_run_file_says_how_to_run_it_and_what_comes_out(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    header = text[: text.index("\nrecipe:")]
+    for word in ("command", "time", "expected"):
+        assert any(line.lstrip("# ").startswith(word) for line in header.splitlines()), word
+    assert load(path, []).config.recipe in RECIPES
+    assert yaml.safe_load(text)["recipe"] in RECIPES
+
+
+def test_the_loss_is_a_sum_that_gradients_flow_from(recipe: tuple[str, Prepared, Any]) -> None:
+    _, prepared, model = recipe
+    together = prepared.loss(model, batch_of(prepared, 0, 1, 2))
+    assert together.shape == ()
+    one_by_one = [batch_of(prepared, position) for position in range(3)]
+    assert together.item() == pytest.approx(sum(prepared.loss(model, each).item() for each in one_by_one), rel=1e-4)
+    assert prepared.count(batch_of(prepared, 0, 1, 2)) == sum(prepared.count(each) for each in one_by_one) > 0
+    together.backward()
+    assert any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
+    model.zero_grad()
+
+
+def test_weights_are_the_same_each_time(recipe: tuple[str, Prepared, Any]) -> None:
+    _, prepared, model = recipe
+    torch.manual_seed(0)
+    again = dict(prepared.build_model().named_parameters())
+    assert all(torch.equal(weight, again[name]) for name, weight in model.named_parameters())
+    assert {weight.dtype for weight in again.values()} == {torch.float32}
+
+
+def test_the_model_needs_no_targets_and_reloads(recipe: tuple[str, Prepared, Any], tmp_path: Path) -> None:
+    _, prepared, model = recipe
+    inputs = {name: value for name, value in batch_of(prepared, 0, 1).items() if name not in prepared.targets}
+    with torch.no_grad():
+        expected = logits_of(model(**inputs))
+        model.save_pretrained(tmp_path)
+        got = logits_of(type(model).from_pretrained(tmp_path).eval()(**inputs))
+    assert expected and expected.keys() == got.keys()
+    assert all(torch.allclose(got[name], value, atol=1e-5) for name, value in expected.items())
+
+
+def test_texts_come_back_and_are_shown(recipe: tuple[str, Prepared, Any]) -> None:
+    _, prepared, _ = recipe
+    found = look(prepared, 50)
+    assert found.splits["training"].lengths is not None
+    assert json.loads(json.dumps(found.as_json()))
+    assert not [line for line in found.lines() if "have no target" in line]
+    assert len(preview(prepared)) >= 3
+
+
+def evaluated(prepared: Prepared, model: Any, accelerator: Any, batch_size: int) -> Any:
+    evaluation = Evaluation(
+        accelerator,
+        Loader(prepared.validation, prepared.collate),  # type: ignore[arg-type]
+        prepared.loss,
+        prepared.count,
+        batch_size,
+        scoring=prepared.scoring,
+        inference=lambda model: Inference(accelerator, model, Autocast("cpu", torch.float32)),
+    )
+    return evaluation(model)
+
+
+def scores(cache: str) -> dict[str, Any]:
+    """Of every recipe, on this rank."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    found = {}
+    for name in RECIPES:
+        prepared = prepared_by(name, cache)
+        torch.manual_seed(0)
+        model = accelerator.prepare(prepared.build_model())
+        found[name] = [evaluated(prepared, model, accelerator, size) for size in (1, 4)]
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_metrics_are_the_same_for_any_ranks_and_batches(cache: Path) -> None:
+    by_world = {size: run_ranks(size, scores, str(cache), timeout_seconds=300)[0] for size in (1, 2)}
+    for name in RECIPES:
+        recipe = load_recipe(load(recipes_folder() / f"{name}.yaml", []))
+        promised = recipe.preview(RecipeContext(Cache(cache), 0)).metrics
+        reference = by_world[1][name][0]
+        assert reference.counts.samples == ROWS
+        json.dumps(reference.details)
+        for score in (*by_world[1][name], *by_world[2][name]):
+            assert score.counts == reference.counts, name
+            assert score.loss == pytest.approx(reference.loss, rel=1e-5), name
+            assert score.metrics == pytest.approx(reference.metrics, rel=1e-5), name
+        metrics = {*prepared_by(name, str(cache)).loss_metrics(1.0), *reference.metrics}
+        assert promised is not None and {*promised} == metrics, name
