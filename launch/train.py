@@ -322,7 +322,7 @@ def _with_weights(prepared: Prepared, folder: Path) -> Prepared:
 def _evaluate(run: Run, weights: Path) -> None:
     """Evaluate once; rank 0 writes down what came out."""
     score = run.score()
-    metrics = run.metrics(score)
+    metrics = run.judge.metrics(score)
     if run.accelerator.is_main_process:
         write_json(run.folder / "evaluation.json", {"weights": str(weights), **metrics, **score.details})
         result = {

@@ -95,7 +95,7 @@ def attempt(
         "state": {name: tensor.float().numpy().copy() for name, tensor in state.items()},
         "updates": run.updates_done,
         "stopped": run.stopped,
-        "best": run.best,
+        "best": run.judge.best,
         "scores": {name: score.loss for name, score in run.scores.items()},
         "said": said,
     }

@@ -102,7 +102,7 @@ def trained(
         "tied": bare.get_input_embeddings().weight is bare.get_output_embeddings().weight,
         "state": {name: tensor.float().numpy().copy() for name, tensor in state.items()},
         "updates": run.updates_done,
-        "best": run.best,
+        "best": run.judge.best,
         "local": sum(local_size(parameter) for parameter in bare.parameters()),
     }
 

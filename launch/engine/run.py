@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
 from torch.nn.parallel import DistributedDataParallel
 
-from launch.engine.agree import Requests, any_rank, from_main
+from launch.engine.agree import Requests, any_rank
 from launch.engine.batching import Order, Position, Window, Work
 from launch.engine.blocks import checkpoint_activations, compile_blocks
 from launch.engine.checkpoint import model_files
@@ -21,6 +21,7 @@ from launch.engine.data import Data
 from launch.engine.export import has_adapters, write_model, write_probe
 from launch.engine.frozen import hashes
 from launch.engine.inference import Inference
+from launch.engine.judging import Judge
 from launch.engine.keeping import Keeper
 from launch.engine.loop import Step, StepResult, fit
 from launch.engine.loss import Counts
@@ -30,13 +31,11 @@ from launch.engine.precision import Autocast, LossScale, check, forward_dtypes
 from launch.engine.progress import Display
 from launch.engine.scoring import Evaluation, Score
 from launch.engine.sharding import seen_dtypes, spread, unwrapped, updates
-from launch.engine.stopping import EarlyStopping, Judgement
+from launch.engine.stopping import Judgement
 from launch.engine.streams import Reader, first_samples, is_stream
 from launch.engine.tracking import Tracker
-from launch.errors import ConfigError
 from launch.plan import Plan
 from launch.recipe import Batch, Prepared, Samples, Stream
-from launch.schedule import updates_per_epoch
 from launch.strategy import Dtypes
 
 
@@ -60,8 +59,7 @@ class Run:
         self.schedule = plan.schedule(_size(prepared.train))
         self.scores: dict[str, Score] = {}
         """Validation scores `before` and `after` training."""
-        self.best: dict[str, float] = {}
-        """The update with the best evaluation, and its metrics."""
+        self.judge = Judge(accelerator, config, prepared)
         self.dtypes: Dtypes | None = None
         """The number formats in use, once an update has shown them."""
         self.position = Position()
@@ -109,10 +107,6 @@ class Run:
             self.loss,
             prepared.count,
             self._requests,
-        )
-        self._highest = self._highest_is_best()
-        self._stopping = EarlyStopping(
-            config.train.early_stopping_patience, config.train.early_stopping_min_delta, highest=self._highest
         )
         self._meter = Throughput()
         self._speed = 0.0
@@ -237,8 +231,7 @@ class Run:
             "evaluated": self._evaluated,
             "scores": {when: [score.loss, *astuple(score.counts)] for when, score in self.scores.items()},
             "metrics": {when: score.metrics for when, score in self.scores.items()},
-            "best": self.best,
-            "early_stopping": self._stopping.state(),
+            **self.judge.state(),
             "loss_scale": self.step.updates.scale_state(),
             "tokens": self._meter.tokens,
             "dtypes": asdict(self.dtypes) if self.dtypes else None,
@@ -254,8 +247,7 @@ class Run:
             when: Score(loss, Counts(*counts), metrics.get(when, {}))
             for when, (loss, *counts) in state["scores"].items()
         }
-        self.best = state["best"]
-        self._stopping.restore(state["early_stopping"])
+        self.judge.restore(state)
         self.step.updates.restore_scale(state["loss_scale"])
         self._meter.resume(state["tokens"])
         if self._trained and state["dtypes"]:  # no update will show them again
@@ -319,7 +311,7 @@ class Run:
         stop, best = bool(result.requests.stop), False
         with self._meter.paused():
             self._trained = update == total
-            if self._is_time_to_evaluate(update):
+            if self.judge.is_time(update):
                 judgement = self._evaluate_and_judge(update)
                 self._evaluated = judgement is not None
                 if judgement is not None:
@@ -373,26 +365,18 @@ class Run:
         if judgement.stop or update == self.schedule.total:
             self.scores["after"] = score
         if judgement.stop and update < self.schedule.total:
-            patience = self.plan.config.train.early_stopping_patience
-            name = self.plan.config.eval.best_metric
-            self.display.say(
-                f"stopped early at update {update}: {patience} evaluations in a row without a better validation {name} "
-                f"than {self.best.get(name, float('nan')):.4f}"
-            )
+            self.display.say(f"stopped early at update {update}: {self.judge.verdict()}")
         return judgement
 
     def _evaluate(self, update: int) -> tuple[Score | None, Judgement]:
-        """The score, and what it means; rank 0 judges, lest a last bit split the ranks."""
+        """The score, and what it means; None where a signal broke it off."""
         score = self._score(lambda: self._signal() is not None)
         if score is None:
             return None, Judgement(best=False, stop=False)
-        metrics = self.metrics(score)
-        value = self._deciding(metrics)
-        judgement = from_main(self.accelerator, self._stopping.judge(value))
-        if judgement.best:
-            self.best = {"update": update, **metrics}
+        metrics = self.judge.metrics(score)
+        judgement = self.judge.judge(update, metrics)
         if self.keeper:
-            self.keeper.heard(update, score.loss, -value if self._highest else value)
+            self.keeper.heard(update, score.loss, self.judge.rank(metrics))
         if self.tracker:
             self.tracker.write(
                 "eval",
@@ -419,43 +403,13 @@ class Run:
         assert score is not None, "nothing interrupts it"
         return score
 
-    def metrics(self, score: Score) -> dict[str, float]:
-        """The validation loss, and what the recipe makes of it and of its predictions."""
-        return {"loss": score.loss, **self.prepared.loss_metrics(score.loss), **score.metrics}
-
-    def _is_time_to_evaluate(self, update: int) -> bool:
-        every, epochs = self.plan.config.eval.every_steps, self.plan.config.eval.every_epochs
-        samples = _size(self.prepared.train)
-        if epochs and samples is not None:
-            if update % (epochs * updates_per_epoch(samples, self.plan.batch.global_batch_size)) == 0:
-                return True
-        return every is not None and update % every == 0
-
-    def _highest_is_best(self) -> bool:
-        config, scoring = self.plan.config.eval, self.prepared.scoring
-        if config.best_is != "auto":
-            return config.best_is == "highest"
-        lowest = ("loss", *self.prepared.loss_metrics(0.0), *(scoring.lowest_is_best if scoring else ()))
-        return config.best_metric not in lowest
-
-    def _deciding(self, metrics: dict[str, float]) -> float:
-        """The value that tells the best evaluation.
-
-        Raises:
-            ConfigError: the recipe gives no such metric.
-        """
-        name = self.plan.config.eval.best_metric
-        if name not in metrics:
-            raise ConfigError(f"eval.best_metric = {name}: an evaluation gives {', '.join(metrics)}; name one of these")
-        return metrics[name]
-
     def result(self) -> dict[str, Any]:
         """What came out, as plain data."""
         return {
             "updates": self.updates_done,
             "parameters": {"all": self.parameters, "trainable": self.trainable},
-            "validation": {when: self.metrics(score) for when, score in self.scores.items()},
-            "best": self.best,
+            "validation": {when: self.judge.metrics(score) for when, score in self.scores.items()},
+            "best": self.judge.best,
             "dtypes": asdict(self.dtypes) if self.dtypes else None,
             "failed_saves": self.keeper.failed if self.keeper else [],
             "run_folder": str(self.folder),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from launch.checkpoints import read_state
+from launch.engine.frozen import contradiction, hashes
 from launch.engine.shards import Stored
 from launch.errors import RunFolderError
 
@@ -18,8 +20,12 @@ def load_weights(model: Any, folder: Path) -> None:
 
     Raises:
         RunFolderError: they are those of another model.
+        DataError: they are of adapters on another base.
     """
-    found = dict(_checkpoint(folder) if (folder / "state.json").is_file() else _exported(folder))
+    from_checkpoint = (folder / "state.json").is_file()
+    if from_checkpoint and (problem := contradiction(folder, read_state(folder), hashes(model))):
+        raise problem
+    found = dict(_checkpoint(folder) if from_checkpoint else _exported(folder))
     own = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
     names = dict(model.named_parameters())  # of tied weights the first name
     lacking = [name for name, weight in names.items() if weight.requires_grad and not _known(name, weight, found, own)]
