@@ -253,7 +253,8 @@ def _tokens(tokenizer: Any, ids: torch.Tensor, marked: torch.Tensor | None) -> T
             text.append("‹" if target else "›", style="dim")
             inside = target
         style = "magenta" if token in special else "bold green" if target else ""
-        text.append(_token_as_text(tokenizer, token), style=style)
+        piece = _token_as_text(tokenizer, token)
+        text.append(piece if position else piece.lstrip(), style=style)
     if inside:
         text.append("›", style="dim")
     return text + (f" … {len(ids) - TOKENS_SHOWN} more" if len(ids) > TOKENS_SHOWN else "")
