@@ -53,7 +53,7 @@ def numbers_of(chosen: tuple[str, ...]) -> tuple[str, ...] | None:
 def measure(pairs: list[Any], labels: Labels, chosen: tuple[str, ...]) -> Metrics:
     """Metrics of pairs, what was predicted and what is true: a number of a label each, or a list of them.
 
-    Beside them `by_label`: precision, recall and F1 of each label, and how many rows have it.
+    Beside them `labels`, and `by_label`: precision, recall and F1 of each label, and how many rows have it.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -67,6 +67,7 @@ def measure(pairs: list[Any], labels: Labels, chosen: tuple[str, ...]) -> Metric
     options = {name: {"classes": size} for name in chosen if name in counted}
     found: Metrics = metrics.compute(chosen, predicted, truth, options, KEY)
     each = precision_recall_fscore_support(truth, predicted, labels=range(size), average=None, zero_division=0)
+    found["labels"] = list(labels.names)  # in the order of the confusion matrix
     found["by_label"] = {
         name: dict(zip((*AVERAGED, "rows"), values, strict=True))
         for name, *values in zip(labels.names, *(part.tolist() for part in each), strict=True)
