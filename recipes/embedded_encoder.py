@@ -69,5 +69,8 @@ def _train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         special_tokens=[(token, special.index(token)) for token in (begin, end)],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=_MODEL["max_position_embeddings"], **_SPECIAL
+        tokenizer_object=tokenizer,
+        model_max_length=_MODEL["max_position_embeddings"],
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **_SPECIAL,
     )

@@ -220,17 +220,14 @@ class Encoder:
         return value
 
     def _tokens(self, rows: list[tuple[str, ...]]) -> dict[str, list[Any]]:
-        names = ["input_ids"]
-        if rows and len(rows[0]) == 2 and "token_type_ids" in self.tokens.model_input_names:
-            names.append("token_type_ids")
-        whole = (
-            self.tokens(*map(list, zip(*rows, strict=True)), verbose=False) if rows else {name: [] for name in names}
-        )
+        names = ["input_ids", *(["token_type_ids"] if rows and len(rows[0]) == 2 else [])]
+        told = {"return_token_type_ids": True, "verbose": False}
+        whole = self.tokens(*map(list, zip(*rows, strict=True)), **told) if rows else {name: [] for name in names}
         features = {name: list(whole[name]) for name in names}
         lengths = [len(ids) for ids in features["input_ids"]]
         for index, length in enumerate(lengths):
             if length > self.max_length:  # few are: they are tokenised twice, so that it is known how long they were
-                cut = self.tokens(*rows[index], truncation=True, max_length=self.max_length)
+                cut = self.tokens(*rows[index], truncation=True, max_length=self.max_length, **told)
                 for name in names:
                     features[name][index] = cut[name]
         return {**features, "length": lengths}

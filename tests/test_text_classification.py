@@ -37,7 +37,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "bert": BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, initializer_range=0.5, **SIZES
     ),
-    "gpt2": GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, initializer_range=0.5, **SIZES),
+    "gpt2": GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=256, initializer_range=0.5, **SIZES),
     "llama": LlamaConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, initializer_range=0.5, **SIZES
     ),
@@ -214,7 +214,7 @@ def expected_metrics(truth: Any, predicted: Any) -> dict[str, float]:
     return found
 
 
-def evaluated(folder: str, rows: list[Any], settings: list[tuple[int, int]], world_size: int) -> list[Any]:
+def evaluated(folder: str, settings: list[tuple[int, int]], world_size: int) -> list[Any]:
     """Metrics and details of evaluations of the first so many rows in batches of so many."""
     from launch.engine.optim import make_optimizer
     from launch.engine.sharding import make_accelerator
@@ -259,7 +259,7 @@ def test_metrics_are_those_of_scikit_learn_for_any_ranks_batches_and_rows(
     assert len(set(predicted)) > 1, "else averages would not differ"
     settings = [(size, batch) for size in (50, 1, 3) for batch in (1, 3, 4, 16)]
     for world_size in (1, 2, 3):
-        for ranks in [run_ranks(world_size, evaluated, str(tmp_path), rows, settings, world_size)]:
+        for ranks in [run_ranks(world_size, evaluated, str(tmp_path), settings, world_size)]:
             for (size, batch), (metrics, details, _) in zip(settings, ranks[0], strict=True):
                 expected = expected_metrics(truth[:size], predicted[:size])
                 assert metrics.items() >= expected.items(), (world_size, size, batch)
@@ -328,8 +328,7 @@ def test_what_is_wrong_is_said_in_one_line(
     given = arguments(tmp_path, train, validation)
     args = given.model_copy(update=more)
     with pytest.raises((ConfigError, DataError), match=message) as caught:
-        preview(args, context)
-        prepare(args, context)
+        (preview(args, context), prepare(args, context))
     assert isinstance(caught.value, LaunchError)
     assert "\n" not in str(caught.value)
 
@@ -345,7 +344,8 @@ def test_a_preview_knows_the_samples_and_needs_no_torch(tmp_path: Path, context:
     found = prepared.scoring.measure([(0, 0), (1, 2)])
     assert {name for name, value in found.items() if isinstance(value, float)} <= set(seen.metrics)
     script = (
-        "import sys; from pathlib import Path; from launch.cache import Cache; from launch.recipe import RecipeContext\n"
+        "import sys\nfrom pathlib import Path\nfrom launch.cache import Cache\n"
+        "from launch.recipe import RecipeContext\n"
         "from recipes.text_classification import Args, preview\n"
         f"preview(Args.model_validate_json({args.model_dump_json()!r}), RecipeContext(Cache(Path('{tmp_path}')), 0))\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'evaluate') if name in sys.modules])"
