@@ -249,7 +249,7 @@ def test_metrics_are_those_of_scikit_learn_for_any_ranks_batches_and_rows(
     tmp_path: Path, context: RecipeContext
 ) -> None:
     rows = some_rows(50, labels=4)
-    args = arguments(tmp_path, rows, max_length=32)
+    args = arguments(tmp_path, rows, kind="gpt2", max_length=32)
     prepared = prepare(args, context)
     torch.manual_seed(0)
     model = prepared.build_model().eval()
