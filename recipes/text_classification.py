@@ -1,0 +1,344 @@
+"""Text classification: which label a text has, or two texts together; of several, which of them (multi-label).
+
+Any encoder or decoder of transformers is given a head with one output for each label. The labels are those of the
+training rows; their names go into the exported model. The loss is cross-entropy, one target for each sample; of
+several labels per row it is binary cross-entropy, one target for each sample and label. Metrics are computed by
+scikit-learn from what was predicted of all validation rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, JsonValue
+
+from launch.errors import ConfigError, DataError
+from launch.recipe import Batch, Inference, Prepared, Preview, RecipeContext, Scoring
+from recipes.embedded_docstrings import DOCSTRINGS
+from recipes.embedded_encoder import small_encoder
+from recipes.label_metrics import choose, measure, numbers_of
+from recipes.labels import Labels, Reading, check_number, found_labels, holds_lists, stated_names
+from recipes.models import ModelArgs, Source, check_model
+from recipes.rows import RowArgs, Splits, check_rows, encode_rows, encoded_samples, load_rows, rows_identity
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+class Args(ModelArgs, RowArgs):
+    """What a run file may set under `recipe_args`."""
+
+    text_column: str = "text"
+    """Column that holds the text."""
+    second_text_column: str | None = None
+    """Column that holds a second text, where pairs of texts are classified."""
+    label_column: str = "label"
+    """Column that holds the label, as text or as a whole number, or a list of labels."""
+    problem: Literal["auto", "single_label", "multi_label"] = "auto"
+    """Whether a row has one label or any number; auto: any number where the column holds lists or is split."""
+    label_separator: str | None = Field(None, min_length=1)
+    """What stands between the labels of a row where they are one text, such as "," (multi-label)."""
+    labels: tuple[str, ...] = ()
+    """All labels in their order; none: those of the training rows, sorted. Needed for streaming."""
+    max_length: int = Field(128, ge=8)
+    """Tokens of a sample, special ones included; longer texts are cut short at their end, and counted."""
+    pad_to_multiple_of: int = Field(8, ge=1)
+    """Batches are padded to the longest sample in them, and from there to a multiple of this."""
+    threshold: float = Field(0.5, gt=0, lt=1)
+    """With several labels per row, those at least as probable as this are predicted."""
+    metrics: tuple[str, ...] = ()
+    """What to measure (names of recipes/metrics, paths, names on the Hub); none: all that suit the problem."""
+
+
+def preview(args: Args, context: RecipeContext) -> Preview:
+    """Check all that can be checked without torch, and find the number of samples if they are prepared already."""
+    check_rows(args, _columns(args))
+    check_model(args)
+    if args.problem == "single_label" and args.label_separator:
+        raise ConfigError("recipe_args.label_separator is for several labels per row; leave recipe_args.problem out")
+    if args.streaming and not args.labels:
+        raise ConfigError(
+            "recipe_args.streaming: the labels must be known before all rows are read; set recipe_args.labels"
+        )
+    if args.labels:
+        check_number(args.labels, several=args.problem == "multi_label")
+    chosen = choose(args.metrics, several=bool(args.label_separator) or args.problem == "multi_label")
+    rows = rows_identity(args, _columns(args), DOCSTRINGS)
+    samples = encoded_samples(context, "classification", rows, _identity(args, _source(args, context)))
+    return Preview(samples, metrics=numbers_of(chosen))
+
+
+def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token.
+
+    Raises:
+        DataError: it cannot be loaded, or has no token that can stand for padding.
+    """
+    found = _source(args, context).tokenizer()
+    if found.pad_token_id is None:
+        if found.eos_token_id is None:
+            raise DataError(
+                f"recipe_args.model = {args.model}: its tokenizer has neither a padding token nor an end-of-text token "
+                "to pad with; name one that has in recipe_args.tokenizer"
+            )
+        found.pad_token = found.eos_token  # attention is masked where it pads
+    if args.max_length > found.model_max_length:
+        raise ConfigError(
+            f"recipe_args.max_length = {args.max_length}: {args.model} takes {found.model_max_length} tokens at most"
+        )
+    return found
+
+
+def prepare(args: Args, context: RecipeContext) -> Prepared:
+    """Read the rows, find the labels and tokenise (once, then from the cache), and describe the model."""
+    rows = load_rows(args, context, _columns(args), DOCSTRINGS)
+    source, tokens = _source(args, context), tokenizer(args, context)
+    reading, labels = _labels(args, rows, context)
+    chosen = choose(args.metrics, labels.several)
+    config = _config(source, tokens, labels)
+    source.check_length(config, "max_length", args.max_length)
+    encoded = encode_rows(
+        rows,
+        context,
+        "classification",
+        Encoder(tokens, reading, labels, args.max_length, "training"),
+        _identity(args, source),
+        args.preparation_processes,
+        Encoder(tokens, reading, labels, args.max_length, "validation"),
+    )
+    return Prepared(
+        build_model=lambda: source.build("AutoModelForSequenceClassification", config, tokens),
+        tokenizer=tokens,
+        train=encoded.train,
+        validation=encoded.validation,
+        collate=Collate(
+            tokens.pad_token_id,
+            args.pad_to_multiple_of,
+            args.max_length,
+            len(labels.names) if labels.several else None,
+            types=getattr(config, "type_vocab_size", 1) > 1,
+        ),
+        loss=loss,
+        count=count,
+        scoring=Scoring(
+            lambda model, batch: predict(model, batch, args.threshold),
+            lambda predictions: measure(predictions, labels, chosen),
+        ),
+        facts=_facts(encoded, rows, labels, args.max_length),
+    )
+
+
+def _columns(args: Args) -> dict[str, str]:
+    columns = {"text_column": args.text_column, "label_column": args.label_column}
+    if args.second_text_column is not None:
+        columns["second_text_column"] = args.second_text_column
+    return columns
+
+
+def _source(args: Args, context: RecipeContext) -> Source:
+    def texts() -> Iterator[str]:
+        for row in load_rows(args, context, _columns(args), DOCSTRINGS).train:
+            yield from (row[name] or "" for name in ("text", "second_text") if name in row)
+
+    embedded = small_encoder(texts, rows_identity(args, _columns(args), DOCSTRINGS))
+    return Source(args, embedded, context.cache)
+
+
+def _config(source: Source, tokens: PreTrainedTokenizerBase, labels: Labels) -> PretrainedConfig:
+    config = source.config(
+        tokens,
+        num_labels=len(labels.names),
+        id2label=dict(enumerate(labels.names)),
+        label2id={name: number for number, name in enumerate(labels.names)},
+        problem_type="multi_label_classification" if labels.several else "single_label_classification",
+    )
+    config.use_cache = False  # of keys and values, which decoders keep for generating
+    return config
+
+
+# --- labels and features -----------------------------------------------------------------------------------
+
+
+def _labels(args: Args, rows: Splits, context: RecipeContext) -> tuple[Reading, Labels]:
+    reading = Reading(args.label_separator, stated_names(rows.validation))
+    if args.problem == "auto":
+        several = bool(args.label_separator) or holds_lists(rows.validation)
+    else:
+        several = args.problem == "multi_label"
+    key: JsonValue = {"rows": rows.identity, "separator": args.label_separator, "version": 1}
+    names = args.labels or reading.stated or tuple(found_labels(rows, reading, context, key))
+    check_number(names, several)
+    return reading, Labels(names, several)
+
+
+def _identity(args: Args, source: Source) -> JsonValue:
+    """All that the features are made from, beside the rows."""
+    return {
+        "version": 1,
+        "tokenizer": source.tokenizer_identity(),
+        "labels": [args.problem, args.label_separator, list(args.labels)],
+        "max_length": args.max_length,
+    }
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Makes features of rows: `input_ids`, `token_type_ids` of pairs, `labels`, and `length` before texts are cut.
+
+    Rows without any text have none.
+    """
+
+    tokens: PreTrainedTokenizerBase
+    reading: Reading
+    labels: Labels
+    max_length: int
+    split: str
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Columns of a batch of rows to columns of features.
+
+        Raises:
+            DataError: a text that is none, or a label that is none of the task.
+        """
+        texts = zip(*(map(self._text, batch[name]) for name in ("text", "second_text") if name in batch), strict=True)
+        rows = [(row, value) for row, value in zip(texts, batch["label"], strict=True) if any(map(str.strip, row))]
+        features = self._tokens([row for row, _ in rows])
+        numbers = [self._label(value, row[0]) for row, value in rows]
+        features["labels"] = numbers if self.labels.several else [number for (number,) in numbers]
+        return features
+
+    def _text(self, value: Any) -> str:
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise DataError(
+                f"the {self.split} rows hold {value!r:.60} where a text should be; set recipe_args.text_column"
+            )
+        return value
+
+    def _tokens(self, rows: list[tuple[str, ...]]) -> dict[str, list[Any]]:
+        names = ["input_ids", *(["token_type_ids"] if rows and len(rows[0]) == 2 else [])]
+        told = {"return_token_type_ids": True, "verbose": False}
+        whole = self.tokens(*map(list, zip(*rows, strict=True)), **told) if rows else {name: [] for name in names}
+        features = {name: list(whole[name]) for name in names}
+        lengths = [len(ids) for ids in features["input_ids"]]
+        for index, length in enumerate(lengths):
+            if length > self.max_length:  # few are: they are tokenised twice, so that it is known how long they were
+                cut = self.tokens(*rows[index], truncation=True, max_length=self.max_length, **told)
+                for name in names:
+                    features[name][index] = cut[name]
+        return {**features, "length": lengths}
+
+    def _label(self, value: Any, text: str) -> list[int]:
+        return self.labels.numbers(self.reading(value), f"{self.split} row {text!r:.60}")
+
+
+def _facts(encoded: Splits, rows: Splits, labels: Labels, max_length: int) -> dict[str, Any]:
+    """Of each split that is held: rows, those without any text, tokens, texts cut short, and rows of each label."""
+    import numpy as np
+
+    facts: dict[str, Any] = {"labels": list(labels.names)}
+    for name in ("train", "validation"):
+        samples, read = getattr(encoded, name), getattr(rows, name)
+        if not hasattr(samples, "__len__"):
+            continue
+        lengths = np.asarray(samples["length"])
+        if not lengths.size:
+            raise DataError(f"the {name} rows hold no text; is recipe_args.text_column the right one?")
+        ids = samples.data.column("labels").combine_chunks()
+        flat = (ids.flatten() if labels.several else ids).to_numpy(zero_copy_only=False)
+        p50, p95, longest = np.percentile(lengths, (50, 95, 100), method="lower")
+        facts[name] = {
+            "rows": len(read),
+            "rows without text": len(read) - len(samples),
+            "tokens": {"p50": int(p50), "p95": int(p95), "max": int(longest)},
+            "cut short": int((lengths > max_length).sum()),
+            "rows by label": dict(
+                zip(labels.names, np.bincount(flat.astype(np.int64), minlength=len(labels.names)).tolist(), strict=True)
+            ),
+        }
+    return facts
+
+
+# --- batches and loss --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Pads samples on the right to the longest, and makes tensors of them."""
+
+    pad_id: int
+    multiple: int
+    max_length: int
+    several: int | None
+    """Number of labels, where a sample has any number of them."""
+    types: bool
+    """Whether the model tells the two texts of a pair apart by `token_type_ids`."""
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and, of pairs, `token_type_ids`, all int64 `(batch, seq)`, and `labels`.
+
+        These are int64 `(batch,)`, or fp32 `(batch, labels)` of 0 and 1 where a sample has any number of them.
+        """
+        import torch
+
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        width = min(-(-longest // self.multiple) * self.multiple, max(self.max_length, longest))
+
+        def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+            return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+        batch = {
+            "input_ids": padded([sample["input_ids"] for sample in samples], self.pad_id),
+            "attention_mask": padded([[1] * len(sample["input_ids"]) for sample in samples], 0),
+        }
+        if self.types and "token_type_ids" in samples[0]:
+            batch["token_type_ids"] = padded([sample["token_type_ids"] for sample in samples], 0)
+        if self.several is None:
+            batch["labels"] = torch.tensor([sample["labels"] for sample in samples])
+        else:
+            batch["labels"] = torch.zeros(len(samples), self.several)
+            for row, sample in zip(batch["labels"], samples, strict=True):
+                row[sample["labels"]] = 1.0
+        return batch
+
+
+def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of each sample, or of each sample and label, summed; a scalar in fp32."""
+    return _summed(_logits(model, batch), batch["labels"])
+
+
+def count(batch: Batch) -> int:
+    """Samples, or with several labels samples × labels."""
+    return batch["labels"].numel()
+
+
+def _logits(model: Any, batch: Batch) -> torch.Tensor:
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits: torch.Tensor = model(**inputs).logits.float()
+    return logits
+
+
+def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    from torch.nn import functional
+
+    if labels.is_floating_point():
+        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+# --- metrics -----------------------------------------------------------------------------------------------
+
+
+def predict(model: Inference, batch: Batch, threshold: float) -> tuple[torch.Tensor, list[Any]]:
+    """The summed loss, and for each sample what was predicted and what is true: two numbers, or two lists of them."""
+    logits, labels = _logits(model, batch), batch["labels"]
+    if not labels.is_floating_point():
+        predicted = zip(logits.argmax(-1).tolist(), labels.tolist(), strict=True)
+        return _summed(logits, labels), list(predicted)
+    likely = logits.sigmoid() >= threshold
+    rows = [[row.nonzero().flatten().tolist() for row in pair] for pair in zip(likely, labels, strict=True)]
+    return _summed(logits, labels), rows
