@@ -111,7 +111,7 @@ def place_of(context: str, text: str, start: int) -> Span | None:
     """
     stripped = text.strip()
     start += len(text) - len(text.lstrip())
-    if not context.startswith(stripped, max(start, 0)):
+    if start < 0 or not context.startswith(stripped, start):
         places = [match.start() for match in re.finditer(re.escape(stripped), context)]
         if not places:
             return None
