@@ -339,7 +339,8 @@ def test_windows_of_a_question_are_joined_in_any_order() -> None:
         {"text": text, "score": value} for text, value in (("w0", 1.0), ("w1", 0.9), ("w2", 0.2))
     ]
     assert (second["answered"], third["answered"]) == ("", "")
-    PLACEHOLDER
+    numbers = [expected[name] for name in ("exact_match", "HasAns_exact", "NoAns_exact")]
+    assert numbers == pytest.approx([200 / 3, 50, 100])
     for seed in range(5):
         shuffled = random.Random(seed).sample(PREDICTIONS, len(PREDICTIONS))
         assert Answers(rows_of_three(), True, 0.0).measure(shuffled) == expected
@@ -379,13 +380,13 @@ def test_the_best_threshold_is_that_of_trying_all() -> None:
 
 def evaluated(strategy: str, world_size: int, batch_size: int, args: Args, folder: str) -> Any:
     from launch.engine.optim import make_optimizer
-    from launch.engine.sharding import make_accelerator
+    from launch.engine.sharding import make_accelerator, spread
 
     made = prepare(args, RecipeContext(Cache(Path(folder) / "cache"), seed=0))
     plan = plan_for(strategy, world_size, Path(folder), "train.global_batch_size=12")
     accelerator = make_accelerator(plan)
     model = untrained(made)
-    model, _ = accelerator.prepare(model, make_optimizer(model, plan.config.train, fused=False))
+    model, _ = spread(accelerator, model, make_optimizer(model, plan.config.train, fused=False))
     evaluation = Evaluation(
         accelerator,
         Loader(made.validation, made.collate),
