@@ -162,17 +162,20 @@ def spread(accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimize
 
 @contextlib.contextmanager
 def _shared_weights_stay_together(model: Any) -> Iterator[None]:
-    """Let Accelerate leave what belongs to no block to the whole model where several parts of that share a weight.
+    """Let Accelerate make no units of embeddings and head where a weight of theirs would be in two units.
 
-    Accelerate 1.15 makes units of embeddings and head (`fsdp2_prepare_model`). An encoder-decoder has its embeddings
-    in two more places, and torch refuses a weight that is in two units.
+    It does since 1.15 (`fsdp2_prepare_model`), and torch refuses such a weight. An encoder-decoder has its embeddings
+    in two more places; those of BERT are part of a block of their own.
     """
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
-    if all(len(modules) == 1 or modules <= ends for modules in owners.values()):
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = (module for module in model.modules() if type(module).__name__ in names)
+    in_blocks = {id(part) for block in blocks for part in block.modules()}
+    if all(len(modules) == 1 or modules <= ends for modules in owners.values()) and not ends & in_blocks:
         yield
         return
     find_final_norm = fsdp_utils._find_final_norm
