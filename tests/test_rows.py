@@ -293,10 +293,12 @@ def test_what_goes_wrong_in_a_process_arrives_as_it_is(context: RecipeContext, e
 
     splits = load_rows(RowArgs(), context, COLUMNS, embedded_rows(1000))
     expected = RuntimeError if isinstance(error, SystemError) else type(error)
+    before = {*psutil.Process().children()}  # of other tests
     with pytest.raises(expected) as caught:
         encode_rows(splits, context, "bad", encode, None, 3)
     assert str(caught.value) == str(error) if expected is type(error) else "has ended with -9" in str(caught.value)
-    assert not [each for each in psutil.Process().children() if each.status() != psutil.STATUS_ZOMBIE]
+    left = {*psutil.Process().children()} - before
+    assert not [each for each in left if each.status() != psutil.STATUS_ZOMBIE]
 
 
 def embedded_rows(count: int) -> EmbeddedRows:
