@@ -33,18 +33,19 @@ def choose(named: tuple[str, ...], several: bool) -> tuple[str, ...]:
     return chosen
 
 
-def numbers_of(chosen: tuple[str, ...]) -> tuple[str, ...] | None:
+def numbers_of(chosen: tuple[str, ...], labels: int | None) -> tuple[str, ...] | None:
     """Names of the numbers that metrics give; None where one of the user's or of the Hub decides them.
 
-    With two labels only there is `f1`, that of the second, beside the averages; whether there are two is not known
-    before the data is read. A run refuses a name that turns out not to be there.
+    With two labels only there is `f1`, that of the second, beside the averages. Where the number of labels is not yet
+    known (None), such names are among these; a run refuses one that turns out not to be there.
     """
     names: list[str] = []
     for metric in chosen:
         if metric not in MEASURED:
             return None
         if metric in AVERAGED:
-            names += [metric, *(f"{metric}_{average}" for average in ("macro", "micro", "weighted"))]
+            names += [metric] if labels in (2, None) else []
+            names += [f"{metric}_{average}" for average in ("macro", "micro", "weighted")]
         elif metric != "confusion_matrix":
             names.append(metric)
     return tuple(names)

@@ -128,22 +128,36 @@ def holds_lists(rows: datasets.Dataset) -> bool:
 
 
 def found_labels(splits: Splits, reading: Reading, context: RecipeContext, identity: JsonValue) -> list[str]:
-    """The labels of the training rows, which are no stream, in order; looked for once, then known from the cache."""
+    """The labels that the data names, else those of the training rows, in order; then known from the cache.
+
+    The training rows of a stream are not looked at.
+    """
 
     def build(folder: Path) -> None:
-        rows: Any = splits.train
-        context.progress.start("looking for labels", len(rows))
-        found: set[str] = set()
-        for batch in rows.select_columns(["label"]).iter(1000):
-            for value in batch["label"]:
-                found.update(reading(value))
-            context.progress.advance(len(batch["label"]))
-        context.progress.finish()
-        (folder / "labels.json").write_text(json.dumps(in_order(found)), encoding="utf-8")
+        names = list(reading.stated) or in_order(_labels_in(splits.train, reading, context))
+        (folder / "labels.json").write_text(json.dumps(names), encoding="utf-8")
 
-    folder = context.cache.folder("labels", identity, build)
-    names: list[str] = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    context.cache.folder("labels", identity, build)
+    names = known_labels(context, identity)
+    assert names is not None, "they have just been written"
     return names
+
+
+def known_labels(context: RecipeContext, identity: JsonValue) -> list[str] | None:
+    """What `found_labels` has found; None: it was not called yet."""
+    file = context.cache.path("labels", identity) / "labels.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _labels_in(rows: Any, reading: Reading, context: RecipeContext) -> set[str]:
+    found: set[str] = set()
+    context.progress.start("looking for labels", len(rows))
+    for batch in rows.select_columns(["label"]).iter(1000):
+        for value in batch["label"]:
+            found.update(reading(value))
+        context.progress.advance(len(batch["label"]))
+    context.progress.finish()
+    return found
 
 
 def check_number(names: Sequence[str], several: bool) -> None:

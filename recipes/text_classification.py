@@ -19,9 +19,9 @@ from launch.recipe import Batch, Inference, Prepared, Preview, RecipeContext, Sc
 from recipes.embedded_docstrings import DOCSTRINGS
 from recipes.embedded_encoder import small_encoder
 from recipes.label_metrics import choose, measure, numbers_of
-from recipes.labels import Labels, Reading, check_number, found_labels, holds_lists, stated_names
+from recipes.labels import Labels, Reading, check_number, found_labels, holds_lists, known_labels, stated_names
 from recipes.models import ModelArgs, Source, check_model
-from recipes.rows import RowArgs, Splits, check_rows, encode_rows, encoded_samples, load_rows, rows_identity
+from recipes.rows import RowArgs, RowStream, Splits, check_rows, encode_rows, encoded_samples, load_rows, rows_identity
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,8 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     chosen = choose(args.metrics, several=bool(args.label_separator) or args.problem == "multi_label")
     rows = rows_identity(args, _columns(args), DOCSTRINGS)
     samples = encoded_samples(context, "classification", rows, _identity(args, _source(args, context)))
-    return Preview(samples, metrics=numbers_of(chosen))
+    names = args.labels or known_labels(context, _labels_identity(args, rows))
+    return Preview(samples, metrics=numbers_of(chosen, len(names) if names else None))
 
 
 def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:
@@ -168,10 +169,13 @@ def _labels(args: Args, rows: Splits, context: RecipeContext) -> tuple[Reading, 
         several = bool(args.label_separator) or holds_lists(rows.validation)
     else:
         several = args.problem == "multi_label"
-    key: JsonValue = {"rows": rows.identity, "separator": args.label_separator, "version": 1}
-    names = args.labels or reading.stated or tuple(found_labels(rows, reading, context, key))
+    names = args.labels or tuple(found_labels(rows, reading, context, _labels_identity(args, rows.identity)))
     check_number(names, several)
     return reading, Labels(names, several)
+
+
+def _labels_identity(args: Args, rows: JsonValue) -> JsonValue:
+    return {"version": 1, "rows": rows, "separator": args.label_separator}
 
 
 def _identity(args: Args, source: Source) -> JsonValue:
@@ -237,29 +241,24 @@ class Encoder:
 
 
 def _facts(encoded: Splits, rows: Splits, labels: Labels, max_length: int) -> dict[str, Any]:
-    """Of each split that is held: rows, those without any text, tokens, texts cut short, and rows of each label."""
+    """The labels, and of each split that is held: rows, those without text, texts cut short; rows of several labels."""
     import numpy as np
 
     facts: dict[str, Any] = {"labels": list(labels.names)}
-    for name in ("train", "validation"):
-        samples, read = getattr(encoded, name), getattr(rows, name)
-        if not hasattr(samples, "__len__"):
+    for name, samples, read in (
+        ("training", encoded.train, rows.train),
+        ("validation", encoded.validation, rows.validation),
+    ):
+        if isinstance(samples, RowStream) or isinstance(read, RowStream):
             continue
-        lengths = np.asarray(samples["length"])
-        if not lengths.size:
+        if not len(samples):
             raise DataError(f"the {name} rows hold no text; is recipe_args.text_column the right one?")
-        ids = samples.data.column("labels").combine_chunks()
-        flat = (ids.flatten() if labels.several else ids).to_numpy(zero_copy_only=False)
-        p50, p95, longest = np.percentile(lengths, (50, 95, 100), method="lower")
-        facts[name] = {
-            "rows": len(read),
-            "rows without text": len(read) - len(samples),
-            "tokens": {"p50": int(p50), "p95": int(p95), "max": int(longest)},
-            "cut short": int((lengths > max_length).sum()),
-            "rows by label": dict(
-                zip(labels.names, np.bincount(flat.astype(np.int64), minlength=len(labels.names)).tolist(), strict=True)
-            ),
-        }
+        cut = int((np.asarray(samples["length"]) > max_length).sum())
+        facts[name] = {"rows": len(read), "rows_without_text": len(read) - len(samples), "texts_cut_short": cut}
+        if labels.several:
+            numbers = samples.data.column("labels").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            rows_by_label = np.bincount(numbers.astype(np.int64), minlength=len(labels.names)).tolist()
+            facts[name]["rows_by_label"] = dict(zip(labels.names, rows_by_label, strict=True))
     return facts
 
 

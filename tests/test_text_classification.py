@@ -107,9 +107,8 @@ def test_pairs_are_tokenised_cut_and_counted_as_by_hand(tmp_path: Path, context:
             "length": 10,
         },
     ]
-    facts = prepared.facts["train"]
-    assert (facts["rows"], facts["rows without text"], facts["cut short"]) == (3, 1, 1)
-    assert facts["rows by label"] == {"no": 1, "yes": 1}
+    assert prepared.facts["labels"] == ["no", "yes"]
+    assert prepared.facts["training"] == {"rows": 3, "rows_without_text": 1, "texts_cut_short": 1}
     batch = prepared.collate([prepared.train[0], prepared.train[1]])
     assert batch["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
     assert batch["attention_mask"].sum(1).tolist() == [6, 8]
@@ -287,6 +286,8 @@ def test_predictions_of_several_labels_pass_the_threshold(tmp_path: Path, contex
     assert found["confusion_matrix"] == reference.multilabel_confusion_matrix(truth, likely).tolist()
     assert "matthews_correlation" not in found
     assert 0 < sum(map(sum, likely)) < 27
+    by_label = dict(zip("012", map(sum, zip(*truth, strict=True)), strict=True))
+    assert prepared.facts["validation"]["rows_by_label"] == by_label
     assert float(summed) == pytest.approx(float(loss(model, prepared.collate(list(prepared.validation))).detach()))
 
 
@@ -312,7 +313,7 @@ A, B, C = ({"text": "w1", "label": label} for label in "abc")
         ([A, {"text": 5, "label": "b"}], None, {}, "do not go together|hold 5 where a text should be"),
         ([{"text": "w1", "label": [0, 1, 0]}], None, {}, "name one twice"),
         ([{"text": "w1", "label": ["a", "b"]}], None, {"problem": "single_label"}, "has 2 labels"),
-        ([{"text": "", "label": "a"}, {"text": "", "label": "b"}], None, {}, "the train rows hold no text"),
+        ([{"text": "", "label": "a"}, {"text": "", "label": "b"}], None, {}, "the training rows hold no text"),
         ([A, B], None, {"label_column": "lable"}, "set recipe_args.label_column, perhaps to 'label'"),
         ([A, B], None, {"max_length": 1000}, "has 512 positions"),
         ([A, B], None, {"metrics": ("acuracy",)}, "did you mean accuracy"),
@@ -342,7 +343,7 @@ def test_a_preview_knows_the_samples_and_needs_no_torch(tmp_path: Path, context:
     assert seen.metrics is not None
     assert prepared.scoring is not None
     found = prepared.scoring.measure([(0, 0), (1, 2)])
-    assert {name for name, value in found.items() if isinstance(value, float)} <= set(seen.metrics)
+    assert {name for name, value in found.items() if isinstance(value, float)} == set(seen.metrics)
     script = (
         "import sys\nfrom pathlib import Path\nfrom launch.cache import Cache\n"
         "from launch.recipe import RecipeContext\n"
