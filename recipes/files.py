@@ -112,24 +112,28 @@ def check_columns(
     paths: Sequence[Path],
     columns: Mapping[str, str],
     key: str,
-    names: Sequence[str] = (),
+    names: Sequence[str] | None = None,
     readers: Readers = NO_READERS,
 ) -> None:
     """See that each file can be read and has the columns; `columns`: the key that names a column -> the column.
+
+    `names` are those of files without a header; None where a recipe has no key for that.
 
     Raises:
         DataError: names the file, the columns it has, the nearest one and the key to set.
     """
     for path in paths:
         try:
-            found = columns_of(path, names, readers)
+            found = columns_of(path, names or (), readers)
         except DataError as error:
             raise DataError(f"{key}: {error}") from None
-        check_named(found, columns, f"{key}: {path}")
+        bare = names == () and format_of(path) in ("csv", "tsv") and suffix_of(path) not in readers
+        hint = ", or recipe_args.column_names if that is a row and the file has no header" if bare else ""
+        check_named(found, columns, f"{key}: {path}", hint)
 
 
-def check_named(found: Sequence[str], columns: Mapping[str, str], where: str) -> None:
-    """See that columns are among those found.
+def check_named(found: Sequence[str], columns: Mapping[str, str], where: str, hint: str = "") -> None:
+    """See that columns are among those found; `hint` says what else may be the matter.
 
     Raises:
         DataError: one is not.
@@ -139,7 +143,7 @@ def check_named(found: Sequence[str], columns: Mapping[str, str], where: str) ->
             close = difflib.get_close_matches(column, found, n=1)
             meant = f", perhaps to {close[0]!r}" if close else ""
             raise DataError(
-                f"{where}: has no column {column!r}; it has {', '.join(found) or 'none'}; set recipe_args.{key}{meant}"
+                f"{where}: has no column {column!r}; it has {', '.join(found) or 'none'}; set recipe_args.{key}{meant}{hint}"
             )
 
 

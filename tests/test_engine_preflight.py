@@ -15,14 +15,14 @@ from launch.engine.preflight import Lengths, look, preview
 from launch.recipe import Prepared
 from tests.commands import shoal
 
-WORDS = {"[PAD]": 0, "[CLS]": 1, "a": 2, "b": 3, "long": 4, "##er": 5}
+WORDS = {"[PAD]": 0, "[CLS]": 1, "a": 2, "b": 3, "long": 4, "##er": 5, "[UNK]": 6}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordPiece(WORDS, unk_token="[PAD]"))
+    words = Tokenizer(models.WordPiece(WORDS, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.decoder = decoders.WordPiece()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", cls_token="[CLS]")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", cls_token="[CLS]", unk_token="[UNK]")
 
 
 def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
@@ -73,6 +73,13 @@ def test_ignored_labels_and_samples_without_any_target() -> None:
     assert found.splits["training"].ignored_share == pytest.approx(4 / 9), "padding is neither"
     assert found.splits["training"].without_targets == 1
     assert "warning: 1 of 3 training samples have no target: nothing to learn" in found.lines()
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_told() -> None:
+    found = look(prepared([([1, 6, 2, 6], 0), ([1, 2], 1)], [([1, 3], 0)]))
+    assert found.splits["training"].unknown_share == pytest.approx(2 / 6)
+    assert "warning: 33% of the training tokens are unknown to the tokenizer" in found.lines()
+    assert found.splits["validation"].unknown_share == 0
 
 
 def test_only_so_many_samples_are_looked_at_and_they_are_spread() -> None:

@@ -45,6 +45,8 @@ class Split:
     """Samples, of those examined, that the loss says nothing about."""
     ignored_share: float | None = None
     """Share of the labels of real tokens that are no targets; None where labels do not stand for tokens."""
+    unknown_share: float | None = None
+    """Share of the input tokens that stand for what the tokenizer does not know; None: it has no such token."""
     labels: dict[str, int] | None = None
     """How often each label occurs, where a sample has one; the most frequent first."""
 
@@ -78,6 +80,8 @@ class Preflight:
                 yield f"{split.without_targets:,} of {split.examined:,} {name} samples have no target: nothing to learn"
             if split.labels and max(split.labels.values()) > 0.9 * split.examined:
                 yield f"{next(iter(split.labels))} is the label of more than 9 in 10 {name} samples"
+            if split.unknown_share and split.unknown_share > 0.01:
+                yield f"{split.unknown_share:.0%} of the {name} tokens are unknown to the tokenizer"
         if self.overlap:
             examined = self.splits["validation"].examined
             yield f"{self.overlap:,} of {examined:,} validation samples are in the training data too"
@@ -96,7 +100,10 @@ def _look_at(prepared: Prepared, data: Samples | Stream, most: int) -> tuple[Spl
     split = Split(None if is_stream(data) else len(data))
     lengths: list[int] = []
     labels: Counter[str] = Counter()
-    ignored = real = 0
+    ignored = real = unknown = 0
+    unknown_id = prepared.tokenizer.unk_token_id
+    if unknown_id in (prepared.tokenizer.pad_token_id, prepared.tokenizer.eos_token_id):
+        unknown_id = None  # GPT-2 has one token for all
     seen = set()
     for sample in _spread(data, most):
         batch = prepared.collate([sample])
@@ -104,6 +111,7 @@ def _look_at(prepared: Prepared, data: Samples | Stream, most: int) -> tuple[Spl
         split.without_targets += prepared.count(batch) == 0
         if "input_ids" in batch:
             lengths.append(_length(batch))
+            unknown += int((batch["input_ids"] == unknown_id).sum()) if unknown_id is not None else 0
             seen.add(_digest(batch, prepared.targets))
         for values in (batch[name] for name in prepared.targets if name in batch):
             if _stands_for_tokens(values, batch):
@@ -114,6 +122,8 @@ def _look_at(prepared: Prepared, data: Samples | Stream, most: int) -> tuple[Spl
             labels[str(int(label))] += 1
     if lengths:
         split.lengths = Lengths(*(_quantile(lengths, share) for share in (0.5, 0.95, 1.0)))
+    if lengths and unknown_id is not None:
+        split.unknown_share = unknown / max(sum(lengths), 1)
     split.ignored_share = ignored / real if real else None
     split.labels = _named(labels, prepared.facts) if labels else None
     return split, seen
