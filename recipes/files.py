@@ -143,7 +143,8 @@ def check_named(found: Sequence[str], columns: Mapping[str, str], where: str, hi
             close = difflib.get_close_matches(column, found, n=1)
             meant = f", perhaps to {close[0]!r}" if close else ""
             raise DataError(
-                f"{where}: has no column {column!r}; it has {', '.join(found) or 'none'}; set recipe_args.{key}{meant}{hint}"
+                f"{where}: has no column {column!r}; it has {', '.join(found) or 'none'}; "
+                f"set recipe_args.{key}{meant}{hint}"
             )
 
 

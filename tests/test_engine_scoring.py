@@ -9,6 +9,8 @@ from accelerate import Accelerator
 
 from launch.engine.batching import Loader
 from launch.engine.scoring import Evaluation
+from launch.errors import ConfigError
+from launch.recipe import Scoring
 from recipes.causal_lm import collate, count, loss
 from tests import tiny
 from tests.gloo import run_ranks
@@ -77,3 +79,67 @@ def test_nothing_to_predict_is_a_loss_of_zero() -> None:
     lonely: list[Any] = [tiny.sequences(4)[3]]
     score = Evaluation(Accelerator(cpu=True), Loader(lonely, collate), loss, count, 1)(tiny.gpt2())
     assert (score.loss, score.counts.targets) == (0.0, 0)
+
+
+def predicting(model: Any, batch: Any) -> tuple[torch.Tensor, list[Any]]:
+    """Of each row its length, and whether the model thinks that the second token is even."""
+    with torch.no_grad():
+        even = model(input_ids=batch["input_ids"]).logits[:, 0].argmax(-1) % 2 == 0
+    return loss(model, batch), [*zip((batch["labels"] != -100).sum(1).tolist(), even.tolist(), strict=True)]
+
+
+def measured(predictions: list[Any]) -> dict[str, Any]:
+    lengths = [length for length, _ in predictions]
+    # Depends on the order, so that one that is mixed up is noticed.
+    weighed = sum(position * length for position, length in enumerate(lengths))
+    return {"rows": len(lengths), "weighed": weighed, "lengths": lengths, "even": sum(even for _, even in predictions)}
+
+
+def measures() -> dict[tuple[int, int], Any]:
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(tiny.gpt2())
+    return {
+        (rows, batch_size): Evaluation(
+            accelerator,
+            Loader(tiny.sequences(rows), collate),
+            loss,
+            count,
+            batch_size,
+            scoring=Scoring(predicting, measured),
+            inference=lambda model: model,
+        )(model)
+        for rows in ROWS
+        for batch_size in (1, 4)
+    }
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_sample_is_measured_once_and_in_its_place(world_size: int) -> None:
+    by_rank = run_ranks(world_size, measures)
+    for rows in ROWS:
+        lengths = [len(sample) for sample in tiny.sequences(rows)]
+        expected = measured([(length, False) for length in lengths])
+        for batch_size in (1, 4):
+            first = by_rank[0][rows, batch_size]
+            assert first.details == {"lengths": lengths}
+            for found in by_rank:
+                metrics = found[rows, batch_size].metrics
+                assert {name: metrics[name] for name in ("rows", "weighed")} == {
+                    name: expected[name] for name in ("rows", "weighed")
+                }
+                assert metrics == first.metrics
+
+
+def test_a_prediction_too_few_is_told() -> None:
+    evaluation = Evaluation(
+        Accelerator(cpu=True),
+        Loader(tiny.sequences(3), collate),
+        loss,
+        count,
+        3,
+        scoring=Scoring(lambda model, batch: (torch.zeros(()), [1, 2]), measured),
+        inference=lambda model: model,
+    )
+    with pytest.raises(ConfigError, match="gave 2 predictions for a batch of 3 samples"):
+        evaluation(tiny.gpt2())

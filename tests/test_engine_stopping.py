@@ -39,3 +39,13 @@ def test_the_lowest_loss_is_the_best_however_little_lower_and_of_equals_the_firs
         *(True, True, False, False, True, False)
     ]
     assert stopping.best == 2.4
+
+
+def test_the_highest_value_is_the_best_where_that_is_so() -> None:
+    stopping = EarlyStopping(2, 0.0, highest=True)
+    assert [stopping.judge(value).best for value in (0.3, 0.5, 0.5)] == [True, True, False]
+    resumed = EarlyStopping(2, 0.0, highest=True)
+    resumed.restore(stopping.state())
+    judged = resumed.judge(0.4)
+    assert (judged.best, judged.stop) == (False, True)
+    assert resumed.judge(0.6).best

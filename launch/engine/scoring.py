@@ -18,7 +18,7 @@ from launch.engine.agree import any_rank, from_main, raise_together
 from launch.engine.batching import Loader, Order, Work
 from launch.engine.loss import Counts, count_batch, count_over_ranks, precise_dtype
 from launch.engine.streams import Reader
-from launch.errors import LaunchError
+from launch.errors import ConfigError, LaunchError
 from launch.recipe import Batch, Inference, Metrics, Scoring
 
 ASK_EVERY = 8
@@ -86,7 +86,7 @@ class Evaluation:
                 summed, predicted = self._predict(model, on_device)
                 if not cell.filler:
                     total += summed.to(precise)
-                    predictions += zip(cell.samples, predicted, strict=True) if self.scoring else ()
+                    predictions += self._numbered(cell.samples, predicted)
                 counted += count_batch(cell, batch, self.count)
                 advance(window.consumed - finished)
                 finished = window.consumed
@@ -103,6 +103,21 @@ class Evaluation:
             return self.loss(model, batch), []
         assert self.inference is not None, "a scoring comes with it"
         return self.scoring.predict(self.inference(model), batch)
+
+    def _numbered(self, samples: tuple[int, ...], predicted: list[Any]) -> list[tuple[int, Any]]:
+        """What was predicted, with the positions of the samples.
+
+        Raises:
+            ConfigError: not one prediction for each sample.
+        """
+        if self.scoring is None:
+            return []
+        if len(predicted) != len(samples):
+            raise ConfigError(
+                f"the recipe's Scoring.predict gave {len(predicted)} predictions for a batch of "
+                f"{len(samples)} samples; it must give one for each, in their order"
+            )
+        return list(zip(samples, predicted, strict=True))
 
     def _measure(self, predictions: list[tuple[int, Any]]) -> tuple[dict[str, float], dict[str, Any]]:
         """Metrics of the predictions of all ranks, the same on each; details on rank 0."""
