@@ -60,6 +60,8 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
     assert by_verb["shoal parity"].count(" same ") == 2
     assert "training samples: " in by_verb["shoal prepare"]
     assert "micro-batch 8 × accumulation 1 × 2 processes" in by_verb["shoal plan"]
+    assert "training labels: " in said["shoal plan recipes/text_classification.yaml --data"]
+    assert re.search(r"^perplexity: [\d,.]+$", by_verb["shoal eval"], re.MULTILINE)
     assert by_verb["shoal generate"].startswith("The value of")
     assert re.findall(r"step-0000[12]0 .* good", by_verb["shoal checkpoints"])
     assert "tensors load as stored" in by_verb["shoal export"] and (tmp_path / "runs/model/config.json").is_file()
@@ -81,7 +83,7 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
     patterns = {"rank-N.log": "rank-0.log", "/": ""}
     only_sometimes = {
         *("checkpoints/step-*/", "stopped.json", "failure-N.json", "attempts/N/", "deepspeed.json"),
-        "metrics-discarded.jsonl",
+        *("metrics-discarded.jsonl", "adapter/"),
     }
     for name in told_names - only_sometimes:
         for placeholder, real in patterns.items():
@@ -100,8 +102,9 @@ def test_the_two_commands_of_a_new_user_are_targets_of_the_makefile_and_ci_runs_
 
 
 def test_commands_that_need_the_hub_or_a_users_file_are_valid_but_for_those() -> None:
-    found = [line for block in blocks(section("Use"), "text") for line in block.splitlines() if line]
-    assert len(found) >= 2
+    passages = section("Use"), section("Your data")
+    found = [line for each in passages for block in blocks(each, "text") for line in block.splitlines() if line]
+    assert len(found) >= 8
     for line in found:
         program, verb, file, *overrides = shlex.split(line)
         assert (program, verb) == ("shoal", "run")
