@@ -53,9 +53,9 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         said[command] = done.stdout
     by_verb = {" ".join(command.split()[:2]): output for command, output in said.items()}
-    assert len(said) == 13 and set(by_verb) == {
+    assert len(said) == 15 and set(by_verb) == {
         *("shoal plan", "shoal prepare", "shoal run", "shoal parity", "shoal generate", "shoal recipes"),
-        *("shoal checkpoints", "shoal export", "shoal tokenize", "accelerate launch"),
+        *("shoal checkpoints", "shoal export", "shoal tokenize", "shoal eval", "accelerate launch"),
     }
     assert by_verb["shoal parity"].count(" same ") == 2
     assert "training samples: " in by_verb["shoal prepare"]
