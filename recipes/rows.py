@@ -23,7 +23,7 @@ from launch.recipe import HubNameOrFolder, LocalPaths, RecipeArgs, RecipeContext
 from recipes.encoding import encode_rows as encode_rows
 from recipes.encoding import encoded_key as encoded_key
 from recipes.encoding import encoded_samples as encoded_samples
-from recipes.files import NO_READERS, Readers, Row, check_columns, check_named, find_files, format_of, read_rows
+from recipes.files import NO_READERS, Readers, Row, check_columns, check_named, find_files, format_of, read_rows, short
 from recipes.tables import TableWriter, in_batches, open_table, table
 from recipes.text import check_hub, dataset_revision, dataset_splits, load_split
 
@@ -311,6 +311,8 @@ def _write(args: RowArgs, source: _Source, folder: Path, context: RecipeContext)
         facts["train"] = _write_split(rows, folder / "train.arrow", features, source.name, context)
     if source.validation:
         rows = source.validation()
+        if args.validation_files and features:
+            rows = _of_kinds(rows, features)
     else:
         rows = (row for row in source.train() if _hash(row, args.split_seed) < limit)
     if args.streaming:
@@ -321,6 +323,15 @@ def _write(args: RowArgs, source: _Source, folder: Path, context: RecipeContext)
             raise DataError(f"{source.name}: there is no row in its {split} data")
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     context.progress.finish()
+
+
+def _of_kinds(rows: Iterator[Row], features: datasets.Features) -> Iterator[Row]:
+    """Rows of files as the dataset has its own: numbers for text that holds them, and for the names of labels."""
+    for row in rows:
+        try:
+            yield features.encode_example(row)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"recipe_args.validation_files: {short(error)}, in the row {row!r:.80}") from None
 
 
 def _limit(args: RowArgs, source: _Source) -> int:
