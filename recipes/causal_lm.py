@@ -1,125 +1,172 @@
-"""Causal language modelling: continue running text, one token after the other.
+"""Causal language modelling: continue a text, one token after the other; running text, or conversations.
 
-Documents are tokenised, ended with the end-of-text token, laid end to end over the whole split, and cut into
-blocks of `block_size` tokens. Nothing is thrown away: the last block of a split may be shorter. The metric is
-perplexity, the exponential of the mean loss over all predicted tokens of the validation split; the first token of
-each block is context only.
+Of text (`format: text`), documents are tokenised, ended with the end-of-text token, laid end to end over the whole
+split, and cut into blocks of `block_size` tokens. Nothing is thrown away: the last block of a split may be shorter.
+With `packing: isolated` documents that share a block do not see each other.
+
+Of conversations (`format: chat`) and instructions with their answers (`format: instruction`) only what the assistant
+says is a target. Each is a sample, or with `packing: isolated` as many as fit share a block.
+
+The metric is perplexity, the exponential of the mean loss over all targets of the validation split; the first token of
+each block or document is context only.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
+import functools
 import math
-from array import array
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from launch.cache import file_identity
 from launch.errors import ConfigError, DataError
-from launch.recipe import Batch, HubNameOrFolder, LocalPaths, Prepared, Preview, RecipeContext
-from recipes import embedded
-from recipes.files import find_files, format_of
+from launch.recipe import Batch, Prepared, Preview, RecipeContext, Samples, Stream
+from recipes.chat import (
+    ChatArgs,
+    Conversations,
+    ConversationStream,
+    chat_columns,
+    check_answers,
+    conversations,
+    encoder,
+    facts_of,
+    prompt_of,
+    set_template,
+    stated_template,
+)
+from recipes.embedded import LANGUAGE_MODEL
+from recipes.embedded_chats import EMBEDDED_CHATS
 from recipes.models import ModelArgs, Source, check_model
-from recipes.text import (
-    Documents,
-    Piece,
-    check_files,
-    check_hub,
-    dataset_splits,
-    read_dataset,
-    read_files,
+from recipes.packing import IGNORED, Blocks, Packed, Packing, Plan, check_isolation, collate
+from recipes.rows import (
+    RowStream,
+    check_rows,
+    encode_rows,
+    encoded_key,
+    encoded_samples,
+    load_rows,
+    rows_identity,
+)
+from recipes.tokens import (
+    SPLITS,
+    TextArgs,
+    Texts,
+    check_sizes,
+    check_text,
+    text_key,
+    text_sizes,
+    tokens_folder,
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""Label of a position that is no target (torch's `cross_entropy` default)."""
 
 METRICS = ("perplexity",)
 """What an evaluation gives beside the loss."""
 
-BATCH_OF_TEXTS = 1000
-"""Texts handed to the tokenizer at once; it spreads them over the CPU cores."""
+ENCODED = "conversations"
+"""Name of the cache of encoded conversations."""
 
 
-class Args(ModelArgs):
+class Args(ModelArgs, TextArgs, ChatArgs):
     """What a run file may set under `recipe_args`."""
 
-    dataset: HubNameOrFolder | None = None
-    """Dataset on the Hub or local folder of one; null with no train_files either: Python's language reference."""
-    dataset_config: str | None = None
-    """Configuration of the Hub dataset, such as wikitext-2-raw-v1."""
-    train_files: LocalPaths = ()
-    """Files to train on (text, csv, tsv, json, jsonl, parquet, or .gz of these), globs or folders, not a dataset."""
-    validation_files: LocalPaths = ()
-    """Files, globs or folders to evaluate on; none: a part of the training text is held out."""
-    validation_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share held out where there is no validation data: whole documents, or the end of a running text."""
-    text_column: str = "text"
-    """Column that holds the text in csv, json, parquet and Hub datasets."""
-    documents: Documents = "auto"
-    """Where a document ends: row, paragraph (blank line) or file (a whole split); auto: file for text, else row."""
+    format: Literal["text", "chat", "instruction"] = "text"
+    """What data holds: running text, conversations (messages_column), or prompts with completions."""
     block_size: int = Field(128, ge=2)
-    """Tokens in one training sample."""
+    """Tokens in one training sample; longer documents are cut into several, longer conversations at their end."""
+    packing: Packing | None = None
+    """Blocks: continuous (text end to end), isolated (documents whole where they fit, and unseen by each other), off
+    (a document or conversation each). Null: continuous for text, off for conversations."""
+
+    @property
+    def chosen_packing(self) -> Packing:
+        """How blocks are made."""
+        return self.packing or ("continuous" if self.format == "text" else "off")
 
 
 def preview(args: Args, context: RecipeContext) -> Preview:
     """Check all that can be checked without torch, and find the number of samples if they are prepared already."""
-    if args.dataset and (args.train_files or args.validation_files):
-        raise ConfigError("recipe_args.dataset and recipe_args.train_files exclude each other; state one of the two")
-    if args.validation_files and not args.train_files:
-        raise ConfigError("recipe_args.validation_files needs recipe_args.train_files beside it")
-    check_files(args.train_files, args.text_column, "recipe_args.train_files")
-    check_files(args.validation_files, args.text_column, "recipe_args.validation_files")
+    _check(args)
+    if args.format == "text":
+        check_text(args)
+    else:
+        check_rows(args, chat_columns(args, args.format))
+        stated_template(args)
     check_model(args)
-    if args.dataset and not Path(args.dataset).is_dir():
-        check_hub("recipe_args.dataset", args.dataset, "dataset")
-    prepared = context.cache.path("tokens", _tokens_key(args, _source(args, context))) / "sizes.json"
-    if not prepared.is_file():
-        return Preview(tokens_per_sample=args.block_size, metrics=METRICS)
-    sizes = json.loads(prepared.read_text())
-    return Preview(math.ceil(sizes["train"] / args.block_size), args.block_size, METRICS)
+    samples = (_text_samples if args.format == "text" else _chat_samples)(args, context)
+    return Preview(samples, args.block_size, METRICS)
+
+
+def _check(args: Args) -> None:
+    packing = args.chosen_packing
+    if args.stride is not None and args.stride > args.block_size:
+        raise ConfigError(
+            f"recipe_args.stride = {args.stride}: windows of recipe_args.block_size = {args.block_size} tokens would "
+            "leave tokens out; use block_size or less"
+        )
+    if args.format == "text":
+        if args.chat_template is not None:
+            raise ConfigError("recipe_args.chat_template is for recipe_args.format=chat or instruction; leave it out")
+        return
+    if args.stride is not None:
+        raise ConfigError(f"recipe_args.stride is for text, and recipe_args.format = {args.format}; leave it out")
+    if packing == "continuous":
+        raise ConfigError(
+            f"recipe_args.packing = continuous: would let conversations see each other; for recipe_args.format = "
+            f"{args.format} use isolated or off"
+        )
+    if packing == "isolated" and args.streaming:
+        raise ConfigError(
+            "recipe_args.packing = isolated: needs to know the length of all conversations before; "
+            "leave out recipe_args.streaming, or use recipe_args.packing=off"
+        )
 
 
 def prepare(args: Args, context: RecipeContext) -> Prepared:
     """Tokenise (once, then from the cache) and describe the model."""
+    _check(args)
     source = _source(args, context)
     tokenizer = _load_tokenizer(source)
     config = source.config(tokenizer)
     source.check_length(config, "block_size", args.block_size)
-    folder = context.cache.folder(
-        "tokens", _tokens_key(args, source), lambda aside: _write_tokens(args, tokenizer, aside, context)
-    )
-    train, validation = (Blocks(folder / f"{split}.bin", args.block_size) for split in ("train", "validation"))
-    _check_sizes(args, train, validation)
+    make = _text_data if args.format == "text" else _chat_data
+    train, validation, facts, sample_prompt = make(args, source, tokenizer, context)
+
+    def build_model() -> Any:
+        model = source.build("AutoModelForCausalLM", config, tokenizer)
+        if args.chosen_packing == "isolated":
+            check_isolation(model, args.model)
+        return model
+
+    padded = args.chosen_packing != "continuous"
     return Prepared(
-        build_model=lambda: source.build("AutoModelForCausalLM", config, tokenizer),
+        build_model=build_model,
         tokenizer=tokenizer,
         train=train,
         validation=validation,
-        collate=collate,
+        collate=functools.partial(collate, multiple=args.pad_to_multiple_of, longest=args.block_size)
+        if padded
+        else collate,
         loss=loss,
         count=count,
         loss_metrics=lambda mean_loss: {"perplexity": math.exp(mean_loss) if mean_loss < 700 else math.inf},
-        sample_prompt="The",
+        facts=facts,
+        sample_prompt=sample_prompt,
     )
 
 
 def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:
     """The tokenizer alone."""
-    return _load_tokenizer(_source(args, context))
+    found = _load_tokenizer(_source(args, context))
+    if args.format != "text":
+        set_template(found, stated_template(args))
+    return found
 
 
 def _source(args: Args, context: RecipeContext) -> Source:
-    return Source(args, embedded.LANGUAGE_MODEL, context.cache)
+    return Source(args, LANGUAGE_MODEL, context.cache)
 
 
 def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -140,182 +187,103 @@ def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-# --- data ------------------------------------------------------------------------------------------------
+# --- running text ----------------------------------------------------------------------------------------
+
+Data = tuple[Samples | Stream, Samples | Stream, dict[str, Any], str | None]
+"""Training and validation samples, facts, and the prompt of a sample."""
 
 
-def _tokens_key(args: Args, source: Source) -> dict[str, Any]:
-    """Everything the token files are made from; known without importing a tokenizer."""
-    return {
-        "version": 1,
-        "tokenizer": source.tokenizer_identity(),
-        "data": [args.dataset, args.dataset_config, args.text_column, args.documents],
-        "train": [file_identity(path) for path in _files(args.train_files)],
-        "validation": [file_identity(path) for path in _files(args.validation_files)] or args.validation_fraction,
+def _text_data(args: Args, source: Source, tokenizer: PreTrainedTokenizerBase, context: RecipeContext) -> Data:
+    key = text_key(args, source.tokenizer_identity())
+    folder = tokens_folder(args, key, tokenizer, context)
+    sizes = text_sizes(folder)
+    check_sizes(sizes, args.block_size)
+    plan = _plan(args)
+    continuous = plan.packing == "continuous"
+    samples: dict[str, Samples] = {split: Blocks(folder / f"{split}.bin", args.block_size) for split in SPLITS}
+    # Of continuous text only the validation part may have other blocks than those one after the other.
+    texts = {
+        split: Texts(folder, split, whole=continuous)
+        for split in SPLITS
+        if not continuous or (split == "validation" and plan.stride)
     }
+    if texts:
+        blocks = plan.folder(context, key, {split: text.lengths for split, text in texts.items()})
+        isolated = plan.packing == "isolated"
+        samples |= {split: Packed(blocks, split, text.read, isolated=isolated) for split, text in texts.items()}
+    facts: dict[str, Any] = {f"{split}_text": {**sizes[split]} for split in SPLITS}
+    if not continuous:
+        for split, text in texts.items():
+            facts[f"{split}_text"]["longer_than_a_block"] = int((text.lengths > args.block_size).sum())
+    return samples["train"], samples["validation"], facts, "The"
 
 
-def _write_tokens(args: Args, tokenizer: PreTrainedTokenizerBase, folder: Path, context: RecipeContext) -> None:
-    """Write train.bin and validation.bin (int32 token ids, end to end) and sizes.json (tokens in each)."""
-    context.progress.start("tokenising texts", None)
-    paths = {split: folder / f"{split}.bin" for split in ("train", "validation")}
-    with paths["train"].open("wb") as train, paths["validation"].open("wb") as validation:
-        files = {"train": train, "validation": validation}
-        for texts, ids in _encode(tokenizer, _pieces_of_splits(args)):
-            for split, tokens in ids.items():
-                tokens.tofile(files[split])
-            context.progress.advance(texts)
-    if paths["validation"].stat().st_size == 0 and not args.validation_files:
-        _cut_off_end(paths["train"], paths["validation"], args.validation_fraction)
-    sizes = {split: path.stat().st_size // 4 for split, path in paths.items()}
-    (folder / "sizes.json").write_text(json.dumps(sizes))
-    context.progress.finish()
+def _text_samples(args: Args, context: RecipeContext) -> int | None:
+    key = text_key(args, _source(args, context).tokenizer_identity())
+    if args.chosen_packing != "continuous":
+        return _plan(args).known_blocks(context, key)
+    folder = context.cache.path("tokens", key)
+    if not (folder / "sizes.json").is_file():
+        return None
+    return math.ceil(text_sizes(folder)["train"]["tokens"] / args.block_size)
 
 
-def _pieces_of_splits(args: Args) -> Iterator[tuple[str, Piece]]:
-    """All text of a run, each piece with the split it belongs to."""
-    train, validation = _sources(args)
-    if validation is not None:
-        yield from (("train", piece) for piece in train)
-        yield from (("validation", piece) for piece in validation)
-    elif _is_running_text(args):
-        yield from (("train", piece) for piece in train)
-    else:
-        yield from _hold_out(train, args.validation_fraction)
+def _plan(args: Args) -> Plan:
+    return Plan(args.chosen_packing, args.block_size, args.stride)
 
 
-def _sources(args: Args) -> tuple[Iterator[Piece], Iterator[Piece] | None]:
-    """The training text and, where there is any, the validation text."""
-    if args.train_files:
-        train, validation = (
-            read_files(_files(files), args.text_column, args.documents)
-            for files in (args.train_files, args.validation_files)
-        )
-        return train, validation if args.validation_files else None
-    if args.dataset is None:
-        return (Piece(text, ends_document=True) for text in embedded.paragraphs()), None
-    names = dataset_splits(args.dataset, args.dataset_config)
-    if "train" not in names:
-        raise DataError(f"recipe_args.dataset = {args.dataset}: has no split `train`; it has {', '.join(names)}")
-    train, validation = (
-        read_dataset(args.dataset, args.dataset_config, split, args.text_column, args.documents)
-        for split in ("train", "validation")
-    )
-    return train, validation if "validation" in names else None
+# --- conversations ---------------------------------------------------------------------------------------
 
 
-def _files(names: tuple[str, ...]) -> tuple[Path, ...]:
-    return find_files(names, "recipe_args.train_files")
+def _chat_data(args: Args, source: Source, tokenizer: PreTrainedTokenizerBase, context: RecipeContext) -> Data:
+    template = set_template(tokenizer, stated_template(args))
+    rows = load_rows(args, context, chat_columns(args, args.format), EMBEDDED_CHATS[args.format])
+    encode = encoder(tokenizer, args.block_size)
+    encoded = encode_rows(rows, context, ENCODED, encode, _chat_key(args, source), args.preparation_processes)
+    facts = facts_of(rows, encoded, args.block_size, template)
+    validation = Conversations(encoded.validation)
+    first = conversations({name: [value] for name, value in rows.validation[0].items()})[0]
+    sample_prompt = prompt_of(tokenizer, first)
+    if isinstance(encoded.train, RowStream):
+        check_answers(validation, facts)
+        return ConversationStream(encoded.train), validation, facts, sample_prompt
+    train = Conversations(encoded.train)
+    check_answers(train, facts)
+    check_answers(validation, facts)
+    if args.chosen_packing == "off":
+        return train, validation, facts, sample_prompt
+    splits = {"train": train, "validation": validation}
+    lengths = {split: each.lengths.clip(max=args.block_size) for split, each in splits.items()}
+    blocks = _plan(args).folder(context, encoded.identity, lengths)
+    packed = {split: Packed(blocks, split, each.read, isolated=True) for split, each in splits.items()}
+    return packed["train"], packed["validation"], facts, sample_prompt
 
 
-def _is_running_text(args: Args) -> bool:
-    """Whether documents are so few and long that validation text is cut off the end instead of chosen."""
-    if args.documents != "auto":
-        return args.documents == "file"
-    return bool(args.train_files) and all(format_of(path) == "text" for path in _files(args.train_files))
+def _chat_key(args: Args, source: Source) -> list[Any]:
+    return [1, source.tokenizer_identity(), stated_template(args), args.block_size]
 
 
-def _hold_out(pieces: Iterator[Piece], fraction: float) -> Iterator[tuple[str, Piece]]:
-    """Choose documents for validation by a hash of their text, so that equal documents are on the same side."""
-    document: list[Piece] = []
-    for piece in pieces:
-        document.append(piece)
-        if piece.ends_document:
-            text = "".join(part.text for part in document)
-            number = int.from_bytes(hashlib.md5(text.encode(), usedforsecurity=False).digest()[:4], "big")
-            split = "validation" if number < fraction * 2**32 else "train"
-            yield from ((split, part) for part in document)
-            document = []
+def _chat_samples(args: Args, context: RecipeContext) -> int | None:
+    rows = rows_identity(args, chat_columns(args, args.format), EMBEDDED_CHATS[args.format])
+    key = _chat_key(args, _source(args, context))
+    if args.chosen_packing == "off":
+        return encoded_samples(context, ENCODED, rows, key)
+    return _plan(args).known_blocks(context, encoded_key(rows, key))
 
 
-def _cut_off_end(train: Path, validation: Path, fraction: float) -> None:
-    import numpy as np
-
-    tokens = np.fromfile(train, dtype=np.int32)
-    cut = len(tokens) - int(len(tokens) * fraction)
-    tokens[cut:].tofile(validation)
-    tokens[:cut].tofile(train)
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, pieces: Iterator[tuple[str, Piece]]
-) -> Iterator[tuple[int, dict[str, array[int]]]]:
-    """Token ids per split, batch after batch, with the number of texts they came from.
-
-    A document ends with the end-of-text token, and begins with the begin-of-text token where the tokenizer adds
-    one by itself.
-    """
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    begin = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"] == [tokenizer.bos_token_id, *plain] else []
-    at_start = {"train": True, "validation": True}
-    while batch := list(itertools.islice(pieces, BATCH_OF_TEXTS)):
-        texts = [piece.text for _, piece in batch]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        ids = {"train": array("i"), "validation": array("i")}
-        for (split, piece), tokens in zip(batch, encoded, strict=True):
-            if at_start[split]:
-                ids[split].extend(begin)
-            ids[split].extend(tokens)
-            if piece.ends_document:
-                ids[split].append(tokenizer.eos_token_id)
-            at_start[split] = piece.ends_document
-        yield len(batch), ids
-
-
-def _check_sizes(args: Args, train: Blocks, validation: Blocks) -> None:
-    if train.tokens < args.block_size:
-        raise DataError(
-            f"the training text has {train.tokens} tokens, less than one block of recipe_args.block_size = "
-            f"{args.block_size}; give more text, or a smaller recipe_args.block_size"
-        )
-    if validation.tokens < 2:
-        raise DataError(
-            f"the validation text has {validation.tokens} tokens, and the first is context only; give "
-            "recipe_args.validation_files, or a larger recipe_args.validation_fraction"
-        )
-
-
-class Blocks:
-    """A file of token ids, cut into blocks; the last one may be shorter. Only what is used is read from disk."""
-
-    def __init__(self, path: Path, block_size: int) -> None:
-        import numpy as np
-
-        self.tokens = path.stat().st_size // 4
-        self._ids = np.memmap(path, dtype=np.int32, mode="r") if self.tokens else np.zeros(0, np.int32)
-        self._block_size = block_size
-
-    def __len__(self) -> int:
-        """Number of blocks."""
-        return math.ceil(self.tokens / self._block_size)
-
-    def __getitem__(self, index: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """Token ids of one block, shape `(block_size,)` or, for the last, shorter."""
-        return self._ids[index * self._block_size : (index + 1) * self._block_size]
-
-
-# --- batches and loss ------------------------------------------------------------------------------------
-
-
-def collate(blocks: list[np.ndarray[Any, np.dtype[np.int32]]]) -> dict[str, torch.Tensor]:
-    """`input_ids` and `labels`, int64, shape `(batch, seq)`; `attention_mask` only where a block is padded."""
-    import numpy as np
-    import torch
-
-    lengths = [len(block) for block in blocks]
-    ids = np.zeros((len(blocks), max(lengths)), dtype=np.int64)
-    real = np.arange(max(lengths)) < np.array(lengths)[:, None]
-    ids[real] = np.concatenate(blocks)
-    batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(np.where(real, ids, IGNORED))}
-    if not real.all():
-        batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
-    return batch
+# --- loss ------------------------------------------------------------------------------------------------
 
 
 def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of each token given those before it, summed; a scalar in fp32."""
     from torch.nn import functional
 
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
+    if "position_ids" in batch:
+        # transformers keeps documents apart by their positions, but only where it is given no mask of padding.
+        inputs: dict[str, torch.Tensor | None] = {"position_ids": batch["position_ids"]}
+    else:
+        inputs = {"attention_mask": batch.get("attention_mask")}
+    logits = model(input_ids=batch["input_ids"], **inputs, use_cache=False).logits
     # Shift the small labels rather than copy the large logits.
     targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     return functional.cross_entropy(
@@ -324,5 +292,5 @@ def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def count(batch: Batch) -> int:
-    """Predicted tokens of a batch: all labels but the first of each block."""
+    """Predicted tokens of a batch."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -80,7 +80,7 @@ def encode_rows(
             sizes[split] = writer.rows
         (folder / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
 
-    folder = context.cache.folder(name, _key(splits.identity, identity), build)
+    folder = context.cache.folder(name, encoded_key(splits.identity, identity), build)
     stream = splits.train
     return replace(
         splits,
@@ -90,18 +90,19 @@ def encode_rows(
             else open_table(folder / "train.arrow")
         ),
         validation=open_table(folder / "validation.arrow"),
-        identity=_key(splits.identity, identity),
+        identity=encoded_key(splits.identity, identity),
     )
 
 
 def encoded_samples(context: RecipeContext, name: str, rows_identity: JsonValue, identity: JsonValue) -> int | None:
     """Number of training samples if they are made already; for a `preview`."""
-    sizes = context.cache.path(name, _key(rows_identity, identity)) / "sizes.json"
+    sizes = context.cache.path(name, encoded_key(rows_identity, identity)) / "sizes.json"
     found: int | None = json.loads(sizes.read_text(encoding="utf-8")).get("train") if sizes.is_file() else None
     return found
 
 
-def _key(rows_identity: JsonValue, identity: JsonValue) -> dict[str, JsonValue]:
+def encoded_key(rows_identity: JsonValue, identity: JsonValue) -> dict[str, JsonValue]:
+    """All that encoded rows are made from: what `encode_rows` gives them as their identity."""
     return {"version": 1, "rows": rows_identity, "encoded": identity}
 
 

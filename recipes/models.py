@@ -263,7 +263,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _is_tokenizer_file(path: Path) -> bool:
-    return path.is_file() and path.suffix in (".json", ".txt", ".model") and not path.name.startswith("model")
+    return path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.startswith("model")
 
 
 def _trust_hint(error: BaseException, name: str) -> str:

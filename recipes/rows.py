@@ -10,8 +10,8 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,9 @@ from launch.cache import file_identity
 from launch.errors import ConfigError, DataError
 from launch.recipe import HubNameOrFolder, LocalPaths, RecipeArgs, RecipeContext
 from recipes.encoding import encode_rows as encode_rows
+from recipes.encoding import encoded_key as encoded_key
 from recipes.encoding import encoded_samples as encoded_samples
-from recipes.files import NO_READERS, Readers, Row, check_columns, check_named, find_files, format_of, read_rows
+from recipes.files import NO_READERS, Readers, Row, check_columns, check_named, find_files, format_of, read_rows, short
 from recipes.tables import TableWriter, in_batches, open_table, table
 from recipes.text import check_hub, dataset_revision, dataset_splits, load_split
 
@@ -49,7 +50,7 @@ class RowArgs(RecipeArgs):
     train_files: LocalPaths = ()
     """Files to train on (csv, tsv, json, jsonl, parquet, txt, or .gz of these), globs or folders, not a dataset."""
     validation_files: LocalPaths = ()
-    """Files, globs or folders to evaluate on; none: a part of the training rows is held out."""
+    """Files, globs or folders to evaluate on, in place of a dataset's split too; none: training rows are held out."""
     column_names: tuple[str, ...] = ()
     """Names of the columns of csv and tsv files that have no header line."""
     train_split: str = "train"
@@ -118,15 +119,23 @@ def check_rows(args: RowArgs, columns: Mapping[str, str], readers: Readers = NO_
         ConfigError: arguments that exclude each other.
         DataError: a file that is not there or cannot be read, a column that is not there, the Hub out of reach.
     """
-    if args.dataset and (args.train_files or args.validation_files):
-        raise ConfigError("recipe_args.dataset and recipe_args.train_files exclude each other; state one of the two")
-    if args.validation_files and not args.train_files:
-        raise ConfigError("recipe_args.validation_files needs recipe_args.train_files beside it")
+    check_source(args)
     for key in ("train_files", "validation_files"):
         files = find_files(getattr(args, key), f"recipe_args.{key}")
         if args.column_names and (other := [path for path in files if format_of(path) not in ("csv", "tsv")]):
             raise ConfigError(f"recipe_args.column_names is for csv and tsv files, and {other[0]} is none")
         check_columns(files, columns, f"recipe_args.{key}", args.column_names, readers)
+
+
+def check_source(args: RowArgs) -> None:
+    """See, without heavy imports, that there is one source of training data, and that a dataset can be had.
+
+    Raises:
+        ConfigError: arguments that exclude each other.
+        DataError: no such folder, or the Hub is out of reach.
+    """
+    if args.dataset and args.train_files:
+        raise ConfigError("recipe_args.dataset and recipe_args.train_files exclude each other; state one of the two")
     if not args.dataset:
         return
     if not Path(args.dataset).is_absolute():
@@ -137,20 +146,21 @@ def check_rows(args: RowArgs, columns: Mapping[str, str], readers: Readers = NO_
 
 def rows_identity(args: RowArgs, columns: Mapping[str, str], embedded: EmbeddedRows | None) -> dict[str, JsonValue]:
     """All that the rows are made from; known without heavy imports."""
+    files = [
+        [file_identity(path) for path in find_files(getattr(args, key), f"recipe_args.{key}")]
+        for key in ("train_files", "validation_files")
+    ]
+    source: list[Any] = [*files, list(args.column_names)]
     if args.dataset:
-        source: Any = [args.dataset, args.dataset_config, args.train_split, args.validation_split]
+        source += [args.dataset, args.dataset_config, args.train_split, args.validation_split]
         source.append(dataset_revision(args.dataset))
-    elif args.train_files:
-        names = (args.train_files, args.validation_files)
-        source = [[file_identity(path) for path in find_files(each, "recipe_args.train_files")] for each in names]
-        source.append(list(args.column_names))
-    else:
-        source = [embedded.name, embedded.key] if embedded else None
+    elif not args.train_files:
+        source += [embedded.name, embedded.key] if embedded else []
     limits: list[JsonValue] = [args.max_train_samples, args.max_validation_samples]
     return {
         "version": 1,
         "source": source,
-        "columns": dict(canonical(columns)) if args.dataset or args.train_files else list(canonical(columns)),
+        "columns": dict(canonical(columns)) if args.dataset or any(files) else list(canonical(columns)),
         "held out": [args.validation_fraction, args.split_seed],
         "limits": limits,
         "streaming": args.streaming,
@@ -211,13 +221,16 @@ class _Source:
 
 def _source(args: RowArgs, columns: Mapping[str, str], embedded: EmbeddedRows | None, readers: Readers) -> _Source:
     if args.dataset:
-        return _dataset_source(args, columns)
-    if args.train_files:
-        train, validation = (_file_rows(args, f"{split}_files", columns, readers) for split in ("train", "validation"))
-        return _Source("recipe_args.train_files", train, validation if args.validation_files else None)
-    if embedded is None:
+        found = _dataset_source(args, columns)
+    elif args.train_files:
+        found = _Source("recipe_args.train_files", _file_rows(args, "train_files", columns, readers), None)
+    elif embedded is None:
         raise ConfigError("this recipe has no rows of its own; set recipe_args.train_files or recipe_args.dataset")
-    return _Source(embedded.name, embedded.make, embedded.validation)
+    else:
+        found = _Source(embedded.name, embedded.make, embedded.validation)
+    if args.validation_files:
+        return replace(found, validation=_file_rows(args, "validation_files", columns, readers))
+    return found
 
 
 def _file_rows(args: RowArgs, key: str, columns: Mapping[str, str], readers: Readers) -> Callable[[], Iterator[Row]]:
@@ -235,17 +248,8 @@ def _file_rows(args: RowArgs, key: str, columns: Mapping[str, str], readers: Rea
 def _dataset_source(args: RowArgs, columns: Mapping[str, str]) -> _Source:
     name = args.dataset
     assert name is not None
-    found = dataset_splits(name, args.dataset_config)
-    for key in ("train_split", "validation_split"):
-        if (split := getattr(args, key)) is not None and split.split("[")[0] not in found:
-            raise DataError(
-                f"recipe_args.dataset = {name}: has no split {split!r}; it has {', '.join(found)}; "
-                f"set recipe_args.{key}"
-            )
+    train, held = choose_splits(args, dataset_splits(name, args.dataset_config))
     names = canonical(columns)
-    held = args.validation_split or next((each for each in VALIDATION_NAMES if each in found), None)
-    if held == args.train_split:
-        held = None
 
     def opened(split: str, streaming: bool = args.streaming) -> Any:
         rows = load_split(name, args.dataset_config, split, streaming)
@@ -260,11 +264,27 @@ def _dataset_source(args: RowArgs, columns: Mapping[str, str]) -> _Source:
     def features() -> datasets.Features | None:
         from datasets import Features
 
-        stated = opened(args.train_split).features
+        stated = opened(train).features
         return Features({key: stated[column] for key, column in names.items()}) if stated else None
 
     validation = (lambda: rows(held)) if held else None
-    return _Source(f"recipe_args.dataset = {name}", lambda: rows(args.train_split), validation, features)
+    return _Source(f"recipe_args.dataset = {name}", lambda: rows(train), validation, features)
+
+
+def choose_splits(args: RowArgs, found: Sequence[str]) -> tuple[str, str | None]:
+    """The splits of a dataset to train and to evaluate on, of those found; None: training rows are held out.
+
+    Raises:
+        DataError: it has no such split.
+    """
+    for key in ("train_split", "validation_split"):
+        if (split := getattr(args, key)) is not None and split.split("[")[0] not in found:
+            raise DataError(
+                f"recipe_args.dataset = {args.dataset}: has no split {split!r}; it has {', '.join(found)}; "
+                f"set recipe_args.{key}"
+            )
+    held = args.validation_split or next((each for each in VALIDATION_NAMES if each in found), None)
+    return args.train_split, None if held == args.train_split else held
 
 
 # --- splitting and writing ---------------------------------------------------------------------------------
@@ -291,6 +311,8 @@ def _write(args: RowArgs, source: _Source, folder: Path, context: RecipeContext)
         facts["train"] = _write_split(rows, folder / "train.arrow", features, source.name, context)
     if source.validation:
         rows = source.validation()
+        if args.validation_files and features:
+            rows = _of_kinds(rows, features)
     else:
         rows = (row for row in source.train() if _hash(row, args.split_seed) < limit)
     if args.streaming:
@@ -301,6 +323,15 @@ def _write(args: RowArgs, source: _Source, folder: Path, context: RecipeContext)
             raise DataError(f"{source.name}: there is no row in its {split} data")
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     context.progress.finish()
+
+
+def _of_kinds(rows: Iterator[Row], features: datasets.Features) -> Iterator[Row]:
+    """Rows of files as the dataset has its own: numbers for text that holds them, and for the names of labels."""
+    for row in rows:
+        try:
+            yield features.encode_example(row)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"recipe_args.validation_files: {short(error)}, in the row {row!r:.80}") from None
 
 
 def _limit(args: RowArgs, source: _Source) -> int:

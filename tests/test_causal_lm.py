@@ -18,8 +18,9 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 from launch.cache import Cache
 from launch.errors import ConfigError, DataError, LaunchError
 from launch.recipe import Prepared, RecipeContext
-from recipes import causal_lm
-from recipes.causal_lm import Args, Blocks, collate, count, loss, prepare, preview
+from recipes import tokens
+from recipes.causal_lm import Args, collate, count, loss, prepare, preview
+from recipes.packing import Blocks
 from tests import tiny
 
 WORDS = [f"w{index}" for index in range(50)]
@@ -73,7 +74,7 @@ def test_documents_are_laid_end_to_end_and_cut_without_loss(
     tmp_path: Path, context: RecipeContext, model_folder: Path, monkeypatch: pytest.MonkeyPatch, batch_of_texts: int
 ) -> None:
     """Against the definition: one list of ids over the whole split, nothing dropped at any batch of rows."""
-    monkeypatch.setattr(causal_lm, "BATCH_OF_TEXTS", batch_of_texts)
+    monkeypatch.setattr(tokens, "BATCH_OF_TEXTS", batch_of_texts)
     train, validation = documents(30), documents(7, seed=1)
     files = {}
     for name, texts in (("train", train), ("validation", validation)):
@@ -238,9 +239,9 @@ def test_a_dataset_folder_is_read_as_the_hub_would_be(
 def test_collate_pads_only_where_it_must() -> None:
     full = collate([np.array([5, 6, 7], np.int32), np.array([8, 9, 10], np.int32)])
     assert set(full) == {"input_ids", "labels"}
-    assert torch.equal(full["input_ids"], full["labels"])
+    assert full["labels"].tolist() == [[-100, 6, 7], [-100, 9, 10]]
     padded = collate([np.array([5, 6, 7], np.int32), np.array([8], np.int32)])
-    assert padded["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
+    assert padded["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100]]
     assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert count(padded) == 2
     assert count(full) == 4
@@ -387,7 +388,13 @@ def test_model_and_tokenizer_that_do_not_belong_together(context: RecipeContext,
         ({"config_overrides": {"n_layers": 2}}, "config_overrides.n_layers: a gpt2 model has no such setting"),
         ({"config_overrides": {"n_layer": 2}, "from_scratch": False}, "set recipe_args.from_scratch=true"),
         ({"dataset": "x/y", "train_files": ("a.txt",)}, "exclude each other"),
-        ({"validation_files": ("a.txt",)}, "needs recipe_args.train_files"),
+        ({"stride": 9}, "use block_size or less"),
+        ({"streaming": True}, "recipe_args.streaming is for rows"),
+        ({"chat_template": "{{ x }}"}, "recipe_args.chat_template is for recipe_args.format=chat"),
+        ({"format": "chat", "stride": 4}, "recipe_args.stride is for text"),
+        ({"format": "chat", "packing": "continuous"}, "for recipe_args.format = chat use isolated or off"),
+        ({"format": "chat", "packing": "isolated", "streaming": True}, "leave out recipe_args.streaming"),
+        ({"format": "chat", "chat_template": "/no/such"}, "is no template (it has no brace), and no file"),
         ({"tokenizer": "embedded"}, "goes with recipe_args.model=embedded only"),
     ],
 )

@@ -174,6 +174,32 @@ def test_a_dataset_is_split_as_it_says(tmp_path: Path, context: RecipeContext, s
         loaded(context, {"label_column": "labl"}, dataset=str(tmp_path / "data"))
 
 
+def test_validation_files_replace_what_a_dataset_or_a_recipe_would_be_evaluated_on(
+    tmp_path: Path, context: RecipeContext
+) -> None:
+    """Nothing is held out then: all rows are trained on. What files say is of the kinds that a dataset states."""
+    from datasets import ClassLabel, Dataset, DatasetDict
+
+    splits = {"train": some_rows(40), "test": some_rows(4, 1)}
+    names = ClassLabel(names=["no", "yes"])
+    made = {name: Dataset.from_list(rows).cast_column("label", names) for name, rows in splits.items()}
+    DatasetDict(made).save_to_disk(tmp_path / "data")
+    given = some_rows(3, 5)
+    path = str(write(tmp_path / "v.csv", given))  # its labels are text
+    rows = loaded(context, dataset=str(tmp_path / "data"), validation_files=path)
+    assert both(rows) == (renamed(splits["train"]), renamed(given))
+    wrong = str(write(tmp_path / "w.jsonl", [{"sentence": "a", "label": "perhaps"}]))
+    with pytest.raises(DataError, match=r"validation_files: .*perhaps.*, in the row \{'text': 'a'"):
+        loaded(context, dataset=str(tmp_path / "data"), validation_files=wrong)
+    embedded = EmbeddedRows("rows", {}, lambda: iter(renamed(splits["train"])))
+    args = RowArgs(validation_files=(path,))
+    check_rows(args, COLUMNS)
+    everything = load_rows(args, context, COLUMNS, embedded)
+    assert both(everything) == (renamed(splits["train"]), renamed(given, str))
+    held_out = load_rows(RowArgs(), context, COLUMNS, embedded)
+    assert len(held_out.train) + len(held_out.validation) == 40
+
+
 def test_rows_held_out_depend_on_the_split_seed_alone(tmp_path: Path, context: RecipeContext) -> None:
     rows = some_rows(300) * 2  # each twice
     path = str(write(tmp_path / "a.jsonl", rows))
@@ -413,7 +439,6 @@ def test_files_of_one_split_have_the_same_columns(tmp_path: Path, context: Recip
         ({"train_files": "folder"}, "folder: holds no file whose name ends in .txt, "),
         ({"train_files": "a.jsonl", "column_names": ("a",)}, "is for csv and tsv files, and "),
         ({"train_files": "a.jsonl", "dataset": "x"}, "exclude each other"),
-        ({"validation_files": "a.jsonl"}, "needs recipe_args.train_files"),
         ({"dataset": "./no"}, "no: no such folder"),
         ({}, "set recipe_args.train_files or recipe_args.dataset"),
     ],
