@@ -52,7 +52,11 @@ HubNameOrFolder = Annotated[str, AfterValidator(_absolute_if_folder)]
 
 
 class Samples(Protocol):
-    """Samples by index, as torch's map-style datasets are."""
+    """Samples by index, as torch's map-style datasets are.
+
+    Where they have a method `set_epoch(epoch)`, that is called before samples of an epoch are read, counted from 0, and
+    with 0 for evaluations; what a sample is may depend on it, such as what is hidden in it.
+    """
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -63,31 +63,38 @@ def format_of(path: Path) -> str | None:
     return None if found == "parquet" and path.suffix == ".gz" else found
 
 
-def find_files(names: Sequence[str], key: str, *, of_any_kind: bool = False) -> tuple[Path, ...]:
+def find_files(
+    names: Sequence[str], key: str, *, of_any_kind: bool = False, readers: Readers = NO_READERS
+) -> tuple[Path, ...]:
     """The files meant by names of files, folders and globs, in the order given; those of one name in sorted order.
 
     Raises:
         DataError: a name that means no file, an empty file, or one of unknown kind.
     """
-    found = [path for name in names for path in _find(name, key)]
+    kinds = ", ".join(dict.fromkeys((*FORMATS, *readers)))
+    found = [path for name in names for path in _find(name, key, kinds, readers)]
     for path in found:
         if path.stat().st_size == 0:
             raise DataError(f"{key}: {path}: is empty")
-        if not of_any_kind and format_of(path) is None:
+        if not (of_any_kind or _is_known(path, readers)):
             raise DataError(
-                f"{key}: {path}: cannot tell what it holds; a name ends in {', '.join(FORMATS)}, "
-                "and all but the last may be compressed (.gz)"
+                f"{key}: {path}: cannot tell what it holds; a name ends in {kinds}, and all but .parquet may be "
+                "compressed (.gz)"
             )
     return tuple(found)
 
 
-def _find(name: str, key: str) -> list[Path]:
+def _is_known(path: Path, readers: Readers) -> bool:
+    return suffix_of(path) in readers or format_of(path) is not None
+
+
+def _find(name: str, key: str, kinds: str, readers: Readers) -> list[Path]:
     path = Path(name)
     if path.is_dir():
-        files = (each for each in sorted(path.rglob("*")) if each.is_file() and format_of(each))
+        files = (each for each in sorted(path.rglob("*")) if each.is_file() and _is_known(each, readers))
         found = [each for each in files if not _is_about(each.relative_to(path))]
         if not found:
-            raise DataError(f"{key}: {path}: holds no file whose name ends in {', '.join(FORMATS)}")
+            raise DataError(f"{key}: {path}: holds no file whose name ends in {kinds}")
         return found
     if path.exists() or not glob.has_magic(name):
         if not path.exists():

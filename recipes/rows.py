@@ -121,7 +121,7 @@ def check_rows(args: RowArgs, columns: Mapping[str, str], readers: Readers = NO_
     """
     check_source(args)
     for key in ("train_files", "validation_files"):
-        files = find_files(getattr(args, key), f"recipe_args.{key}")
+        files = find_files(getattr(args, key), f"recipe_args.{key}", readers=readers)
         if args.column_names and (other := [path for path in files if format_of(path) not in ("csv", "tsv")]):
             raise ConfigError(f"recipe_args.column_names is for csv and tsv files, and {other[0]} is none")
         check_columns(files, columns, f"recipe_args.{key}", args.column_names, readers)
@@ -144,10 +144,12 @@ def check_source(args: RowArgs) -> None:
         raise DataError(f"recipe_args.dataset = {args.dataset}: no such folder")
 
 
-def rows_identity(args: RowArgs, columns: Mapping[str, str], embedded: EmbeddedRows | None) -> dict[str, JsonValue]:
+def rows_identity(
+    args: RowArgs, columns: Mapping[str, str], embedded: EmbeddedRows | None, readers: Readers = NO_READERS
+) -> dict[str, JsonValue]:
     """All that the rows are made from; known without heavy imports."""
     files = [
-        [file_identity(path) for path in find_files(getattr(args, key), f"recipe_args.{key}")]
+        [file_identity(path) for path in find_files(getattr(args, key), f"recipe_args.{key}", readers=readers)]
         for key in ("train_files", "validation_files")
     ]
     source: list[Any] = [*files, list(args.column_names)]
@@ -184,7 +186,7 @@ def load_rows(
     def source() -> _Source:
         return _source(args, columns, embedded, readers)
 
-    identity = rows_identity(args, columns, embedded)
+    identity = rows_identity(args, columns, embedded, readers)
     key = {name: part for name, part in identity.items() if args.streaming or name != "limits"}
     folder = context.cache.folder("rows", key, lambda aside: _write(args, source(), aside, context))
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -237,7 +239,7 @@ def _file_rows(args: RowArgs, key: str, columns: Mapping[str, str], readers: Rea
     names = canonical(columns)
 
     def rows() -> Iterator[Row]:
-        for path in find_files(getattr(args, key), f"recipe_args.{key}"):
+        for path in find_files(getattr(args, key), f"recipe_args.{key}", readers=readers):
             check_columns([path], columns, f"recipe_args.{key}", args.column_names, readers)
             for row in read_rows(path, args.column_names, readers, list(names.values())):
                 yield {name: row.get(column) for name, column in names.items()}

@@ -126,18 +126,21 @@ class Loader:
 
     def load(self, windows: Callable[[], Iterable[Window]]) -> Work:
         """Each of `windows()` with its batches."""
-        batches = self.feed(micro_batch.samples for window in windows() for micro_batch in window.micro_batches)
+        batches = self.feed((window.epoch, each.samples) for window in windows() for each in window.micro_batches)
         return ((window, [next(batches) for _ in window.micro_batches]) for window in windows())
 
 
 @dataclass(frozen=True)
 class _Batches:
-    """Makes a batch of samples by their indices."""
+    """Makes a batch of samples by their epoch and indices."""
 
     samples: Samples
     collate: Collate
 
-    def __call__(self, indices: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    def __call__(self, task: tuple[int, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+        epoch, indices = task
+        if hasattr(self.samples, "set_epoch"):  # with each task, for each data worker has samples of its own
+            self.samples.set_epoch(epoch)
         # As torch's fetcher does: `datasets` reads many rows at once much faster than one after the other.
         if getattr(self.samples, "__getitems__", None):
             return self.collate(self.samples.__getitems__(list(indices)))  # type: ignore[attr-defined]
