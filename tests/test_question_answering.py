@@ -353,7 +353,7 @@ def test_windows_of_a_question_are_joined_in_any_order() -> None:
     of_first = Answers(rows_of_three().select([0, 2]), False, -9.0).measure(PREDICTIONS[:2])
     assert of_first["examples"][0]["answered"] == "w0"  # without questions that lack an answer no threshold counts
     assert set(of_first) - {"examples"} == set(metric_names(unanswerable=False))
-    assert set(expected) - {"examples"} == set(metric_names(unanswerable=True))
+    assert set(expected) - {"examples", "null_threshold_of_best"} == set(metric_names(unanswerable=True))
 
 
 def test_the_best_threshold_is_that_of_trying_all() -> None:
@@ -373,8 +373,8 @@ def test_the_best_threshold_is_that_of_trying_all() -> None:
         found = best_thresholds(answers)
         for place, name in enumerate(("exact_match", "f1")):
             best = max(with_threshold(threshold, place) for threshold in range(-4, 4))
-            assert found[f"best_{name}"] == pytest.approx(best)
-            assert with_threshold(found[f"best_{name}_threshold"], place) == pytest.approx(best)
+            assert found[name].value == pytest.approx(best)
+            assert with_threshold(found[name].threshold, place) == pytest.approx(best)
 
 
 # --- ranks ---------------------------------------------------------------------------------------------------
