@@ -84,7 +84,13 @@ class Answers:
             }
             for answer, text in zip(answers[:EXAMPLES], texts, strict=False)
         ]
-        return {**found, **(best_thresholds(answers) if self.unanswerable else {}), "examples": examples}
+        if not self.unanswerable:
+            return {**found, "examples": examples}
+        best = best_thresholds(answers)
+        found |= {f"best_{name}": each.value for name, each in best.items()}
+        # No metrics: they are known as exactly as the scores of a model are.
+        thresholds = {name: each.threshold for name, each in best.items()}
+        return {**found, "null_threshold_of_best": thresholds, "examples": examples}
 
     def _answer(self, number: int, found: Found) -> Answer:
         row = self.rows[number]
@@ -97,22 +103,31 @@ class Answers:
         return self.unanswerable and answer.doubt > self.null_threshold
 
 
-def best_thresholds(answers: list[Answer]) -> dict[str, float]:
-    """The best exact match and F1 that any null_threshold gives, and that threshold, found on the same questions."""
+@dataclass(frozen=True)
+class Best:
+    """The best that any null_threshold gives, and where it lies."""
+
+    value: float
+    threshold: float
+
+
+def best_thresholds(answers: list[Answer]) -> dict[str, Best]:
+    """The best exact match and F1, 0 to 100, found on the very same questions."""
     from recipes.metrics.squad import score
 
     in_order = sorted(answers, key=lambda answer: answer.doubt)
     given = [score(answer.best, answer.right, second=True) for answer in in_order]
     left = [score("", answer.right, second=True) for answer in in_order]
+    doubts = [answer.doubt for answer in in_order]
     found = {}
     for place, name in enumerate(("exact_match", "f1")):
         # With a threshold below all doubts nothing is answered; each that is raised over adds an answer.
         total = sum(values[place] for values in left)
-        best, threshold = total, in_order[0].doubt - 1
-        for number, answer in enumerate(in_order):
-            total += given[number][place] - left[number][place]
-            is_last_of_equals = number + 1 == len(in_order) or in_order[number + 1].doubt > answer.doubt
-            if is_last_of_equals and total > best:
-                best, threshold = total, answer.doubt
-        found[f"best_{name}"], found[f"best_{name}_threshold"] = 100 * best / len(in_order), threshold
+        best, threshold = total, doubts[0] - 1
+        for doubt, behind, answered, unanswered in zip(doubts, [*doubts[1:], doubts[-1] + 2], given, left, strict=True):
+            total += answered[place] - unanswered[place]
+            # Sums of fractions in another order differ by less than this, and no threshold parts equal doubts.
+            if behind > doubt and total > best + 1e-9:
+                best, threshold = total, (doubt + behind) / 2
+        found[name] = Best(100 * best / len(in_order), threshold)
     return found

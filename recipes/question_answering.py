@@ -88,7 +88,7 @@ def preview(args: Args, context: RecipeContext) -> Preview:
 def metric_names(unanswerable: bool) -> tuple[str, ...]:
     """Numbers of an evaluation; of questions that may be left without answer there are more."""
     parts = [f"{kind}_{name}" for kind in ("HasAns", "NoAns") for name in ("exact", "f1", "total")]
-    best = ["best_exact_match", "best_exact_match_threshold", "best_f1", "best_f1_threshold"]
+    best = ["best_exact_match", "best_f1"]
     return ("exact_match", "f1", *(parts + best if unanswerable else ()))
 
 
