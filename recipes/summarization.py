@@ -64,25 +64,20 @@ def _task(args: Args, context: RecipeContext) -> Task:
 
 
 def logs(count: int = LOGS) -> Iterator[Row]:
-    """Logs of four to seven lines, one of which is a fault, and what matters of each; the same ones every time."""
+    """Logs of three to six lines, one of which is a fault, and what matters of each; the same ones every time."""
     source = random.Random(SEED)
     for _ in range(count):
-        length, minute = source.randint(4, 7), source.randrange(24 * 60 - 120)
-        fault, lines, warnings = source.randrange(length), [], 0
-        summary = ""
-        for number in range(length):
-            minute += source.randint(1, 15)
-            time, machine = f"{minute // 60:02}:{minute % 60:02}", source.choice(MACHINES)
-            if number == fault:
-                what = source.choice(FAULTS)
-                lines.append(f"{time} error {machine} {what}")
-                summary = f"{machine} failed at {time}: {what}"
-            elif source.random() < 0.25:
-                warnings += 1
-                lines.append(f"{time} warning {machine} {source.choice(WARNINGS)}")
-            else:
-                lines.append(f"{time} info {machine} {source.choice(ORDINARY)}")
-        yield {"source": "\n".join(lines), "target": summary + (" after warnings" if warnings else "")}
+        length = source.randint(3, 6)
+        position, machine, fault = source.randrange(length), source.choice(MACHINES), source.choice(FAULTS)
+        lines = [_harmless(source) for _ in range(length - 1)]
+        warned = any(line.startswith("warning") for line in lines)
+        lines.insert(position, f"error: {machine} {fault}")
+        yield {"source": "\n".join(lines), "target": f"{machine} failed{' after warnings' if warned else ''}: {fault}"}
+
+
+def _harmless(source: random.Random) -> str:
+    level, what = ("warning", WARNINGS) if source.random() < 0.2 else ("info", ORDINARY)
+    return f"{level}: {source.choice(MACHINES)} {source.choice(what)}"
 
 
 SMALL_T5 = small_t5("logs", lambda: ("\n".join(row.values()) for row in logs(_LEARNT_FROM)), 300, _KEY)

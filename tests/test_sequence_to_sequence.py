@@ -166,7 +166,7 @@ def evaluated(name: str, settings: dict[str, Any], strategy: str, world_size: in
     from launch.engine.optim import make_optimizer
     from launch.engine.precision import Autocast
     from launch.engine.scoring import Evaluation
-    from launch.engine.sharding import make_accelerator
+    from launch.engine.sharding import make_accelerator, spread
     from tests.test_engine_sharding import plan_for
 
     recipe = importlib.import_module(f"recipes.{name}")
@@ -174,7 +174,7 @@ def evaluated(name: str, settings: dict[str, Any], strategy: str, world_size: in
     plan = plan_for(strategy, world_size, Path(folder), "train.global_batch_size=12")
     accelerator = make_accelerator(plan)
     model = prepared.build_model()
-    model, _ = accelerator.prepare(model, make_optimizer(model, plan.config.train, fused=False))
+    model, _ = spread(accelerator, model, make_optimizer(model, plan.config.train, fused=False))
     autocast = Autocast("cpu", torch.float32)
     evaluation = Evaluation(
         *(accelerator, Loader(prepared.validation, prepared.collate), prepared.loss, prepared.count, size),
