@@ -155,6 +155,7 @@ def test_rouge_is_the_mean_of_rouge_score_over_rows(use_stemmer: bool) -> None:
 def test_exact_match_looks_past_white_space_at_the_ends_only() -> None:
     found = compute(["exact_match"], [" 2024-01-02\n", "a  b", "A", "x"], ["2024-01-02", "a b", "a", "x"])
     assert found == {"exact_match": 0.5}
+    assert compute(["exact_match"], ["b", "c"], [["a", "b "], ["a"]]) == {"exact_match": 0.5}
 
 
 SQUAD = [

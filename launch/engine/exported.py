@@ -93,10 +93,15 @@ def untied(model: Any, probe: Path) -> list[str]:
 
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
-    """`prompt` and its continuation; the likeliest one at temperature 0, else sampled."""
+    """`prompt` and its continuation, the likeliest one at temperature 0, else sampled.
+
+    Of an encoder-decoder model, what it writes when it has read the prompt, after the prefix it was trained with.
+    """
     torch.manual_seed(seed)
+    reads = model.config.is_encoder_decoder
+    text = (getattr(model.config, "prefix", None) or "") + prompt if reads else prompt
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=reads).to(model.device)
     ids = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
