@@ -150,4 +150,5 @@ def test_metrics_are_the_same_for_any_ranks_and_batches(cache: Path) -> None:
             assert score.loss == pytest.approx(reference.loss, rel=1e-5), name
             assert score.metrics == pytest.approx(reference.metrics, rel=1e-5), name
         metrics = {*prepared_by(name, str(cache)).loss_metrics(1.0), *reference.metrics}
-        assert promised is not None and {*promised} == metrics, name
+        # More may be promised: rows without an answer have a metric of their own, and there may be none of them.
+        assert promised is not None and metrics <= {*promised}, name
