@@ -69,7 +69,7 @@ ENCODED = "conversations"
 """Name of the cache of encoded conversations."""
 
 
-class Args(ModelArgs, TextArgs, ChatArgs):
+class Args(ChatArgs, TextArgs, ModelArgs):
     """What a run file may set under `recipe_args`."""
 
     format: Literal["text", "chat", "instruction"] = "text"
@@ -77,12 +77,11 @@ class Args(ModelArgs, TextArgs, ChatArgs):
     block_size: int = Field(128, ge=2)
     """Tokens in one training sample; longer documents are cut into several, longer conversations at their end."""
     packing: Packing | None = None
-    """Blocks: continuous (text end to end), isolated (documents whole where they fit, and unseen by each other), off
-    (a document or conversation each). Null: continuous for text, off for conversations."""
+    """Blocks of text end to end (continuous), of documents unseen by each other (isolated), of one each (off)."""
 
     @property
     def chosen_packing(self) -> Packing:
-        """How blocks are made."""
+        """How blocks are made: where nothing is stated, continuous for text and off for conversations."""
         return self.packing or ("continuous" if self.format == "text" else "off")
 
 

@@ -72,7 +72,7 @@ def targets(marks: str, tokens: list[int]) -> list[int]:
 
 
 def test_what_the_assistant_says_is_the_target_with_its_end(tmp_path: Path, context: RecipeContext) -> None:
-    """By growing prefixes; what the template puts behind the end token of the first answer belongs to no answer."""
+    """Found by growing prefixes, as the template does not mark it."""
     template = CHATML.replace(" w0\n", "\n")
     prepared = prepare(arguments(tmp_path, [{"messages": TALK}], chat_template=template), context)
     found = ids("w9 w1 w2 w3 w4 w5 w6")
@@ -107,6 +107,22 @@ def test_the_simple_template_for_tokenizers_without_one(tmp_path: Path, context:
     assert said == f" w3 w4{end} w6{end}"
     assert prepared.facts["chat_template"].startswith("the tokenizer has none; ")
     assert tokenizer(args, context).chat_template == prepared.tokenizer.chat_template
+
+
+def test_the_end_of_a_line_behind_an_answer_is_not_said(tmp_path: Path, context: RecipeContext) -> None:
+    template = "{% for message in messages %}{{ message.role }} {{ message.content }}{{ eos_token }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant {% endif %}"
+    args = arguments(tmp_path, [{"messages": TALK}], block_size=64, chat_template=template)
+    prepared = prepare(args.model_copy(update={"model": "embedded", "from_scratch": False}), context)
+    ((_, labels),), end = samples_of(prepared), prepared.tokenizer.eos_token
+    said = prepared.tokenizer.decode([label for label in labels if label != -100])
+    assert said.replace(" ", "") == f"w3w4{end}w6{end}"
+
+
+def test_the_first_token_is_context_only(tmp_path: Path, context: RecipeContext) -> None:
+    template = "{% generation %}{{ messages[1].content }}{% endgeneration %}"
+    (sample,) = samples_of(prepare(arguments(tmp_path, [{"messages": TALK}], chat_template=template), context))
+    assert sample == (ids("w1 w2"), [-100, *ids("w2")])
 
 
 def test_prompts_and_completions_are_a_conversation(tmp_path: Path, context: RecipeContext) -> None:
