@@ -1,16 +1,23 @@
 from __future__ import annotations
 
 import math
+import resource
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
 from launch.engine.batching import Loader
-from launch.engine.scoring import Evaluation
+from launch.engine.inference import Inference
+from launch.engine.precision import Autocast
+from launch.engine.scoring import Evaluation, Score
 from launch.errors import ConfigError
 from launch.recipe import Scoring
+from recipes import masked_lm
 from recipes.causal_lm import collate, count, loss
 from tests import tiny
 from tests.gloo import run_ranks
@@ -143,3 +150,60 @@ def test_a_prediction_too_few_is_told() -> None:
     )
     with pytest.raises(ConfigError, match="gave 2 predictions for a batch of 3 samples"):
         evaluation(tiny.gpt2())
+
+
+LARGE = 32_768
+"""Tokens of a vocabulary as large models have it."""
+LARGE_ROWS, KINDS = 50_000, 100
+
+
+def large_rows() -> list[dict[str, np.ndarray[Any, Any]]]:
+    """Rows of one target each, among which there are KINDS of inputs."""
+    targets = np.random.RandomState(0).randint(0, LARGE, LARGE_ROWS)
+    targets[::3] = np.arange(LARGE_ROWS)[::3] % KINDS  # what `Telling` tells
+    return [{"input_ids": np.array([row % KINDS]), "labels": np.array([target])} for row, target in enumerate(targets)]
+
+
+class Telling(torch.nn.Module):
+    """Logits of 32k tokens for each of KINDS inputs, of which the input itself is the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        logits = torch.randn(KINDS, LARGE, generator=torch.Generator().manual_seed(0)) + 8 * torch.eye(KINDS, LARGE)
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.logits[input_ids])
+
+
+def large_evaluation() -> tuple[float, dict[str, float], int]:
+    """Loss, metrics, and by how many bytes the peak memory has grown since after the first rows."""
+    accelerator, model = Accelerator(cpu=True), Telling().eval()
+    loader = Loader(large_rows(), masked_lm.Collate(0, 1, 1))
+
+    def score(most: int) -> Score:
+        scoring = Scoring(masked_lm.predict, masked_lm.measure)
+        inference = partial(Inference, accelerator, autocast=Autocast("cpu", torch.float32))
+        found = Evaluation(
+            accelerator, loader, masked_lm.loss, masked_lm.count, 64, most, scoring=scoring, inference=inference
+        )(model)
+        assert found is not None
+        return found
+
+    score(640)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = score(LARGE_ROWS)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return found.loss, found.metrics, grown * 1024
+
+
+@pytest.mark.slow
+def test_logits_of_many_rows_are_never_held() -> None:
+    """50,000 rows of 32k logits are 6.6 GB; measured in a process of its own, whose peak is not that of other tests."""
+    ((loss, metrics, grown),) = run_ranks(1, large_evaluation, timeout_seconds=550)
+    log_probabilities = Telling().logits.detach().double().log_softmax(-1).numpy()
+    inputs, targets = (np.concatenate([row[name] for row in large_rows()]) for name in ("input_ids", "labels"))
+    assert loss == pytest.approx(-log_probabilities[inputs, targets].mean(), rel=1e-6)
+    assert metrics == {"masked_accuracy": (log_probabilities.argmax(-1)[inputs] == targets).mean()}
+    assert 1 / 3 < metrics["masked_accuracy"] < 1 / 2
+    assert grown < 100e6
