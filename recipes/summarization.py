@@ -1,6 +1,6 @@
 """Summarisation: a long text to a short one that says what matters, by an encoder-decoder model.
 
-Embedded default: logs of a few machines, generated, to one line about the fault among them, with a tiny T5.
+Embedded default: logs of machines, generated, to one line about the fault that is told in them, with a tiny T5.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 LOGS = 3300
 SEED = 0
-_KEY = {"rows": LOGS, "seed": SEED, "version": 1}
+_KEY = {"rows": LOGS, "seed": SEED, "version": 3}
 _LEARNT_FROM = 1000
 """Logs of which the tokenizer takes its words."""
 
-MACHINES = tuple(f"{kind}-{number}" for kind in ("web", "db", "mail", "cache", "queue") for number in range(1, 5))
+MACHINES = (
+    *("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel"),
+    *("india", "juliett", "kilo", "lima", "mike", "november", "oscar", "papa"),
+)
 ORDINARY = (
     *("backup finished", "user logged in", "certificate renewed", "job started", "cache cleared"),
     *("index rebuilt", "replica in sync", "new version deployed", "health check passed", "log rotated"),
@@ -64,20 +67,19 @@ def _task(args: Args, context: RecipeContext) -> Task:
 
 
 def logs(count: int = LOGS) -> Iterator[Row]:
-    """Logs of three to six lines, one of which is a fault, and what matters of each; the same ones every time."""
+    """Logs of a machine, three to five lines of which one is a fault, and what matters; the same ones every time."""
     source = random.Random(SEED)
     for _ in range(count):
-        length = source.randint(3, 6)
-        position, machine, fault = source.randrange(length), source.choice(MACHINES), source.choice(FAULTS)
-        lines = [_harmless(source) for _ in range(length - 1)]
+        length, machine, fault = source.randint(3, 5), source.choice(MACHINES), source.choice(FAULTS)
+        lines = [_harmless(source, machine) for _ in range(length - 1)]
         warned = any(line.startswith("warning") for line in lines)
-        lines.insert(position, f"error: {machine} {fault}")
+        lines.insert(source.randrange(length), f"error: {machine} {fault}")
         yield {"source": "\n".join(lines), "target": f"{machine} failed{' after warnings' if warned else ''}: {fault}"}
 
 
-def _harmless(source: random.Random) -> str:
+def _harmless(source: random.Random, machine: str) -> str:
     level, what = ("warning", WARNINGS) if source.random() < 0.2 else ("info", ORDINARY)
-    return f"{level}: {source.choice(MACHINES)} {source.choice(what)}"
+    return f"{level}: {machine} {source.choice(what)}"
 
 
 SMALL_T5 = small_t5("logs", lambda: ("\n".join(row.values()) for row in logs(_LEARNT_FROM)), 300, _KEY)

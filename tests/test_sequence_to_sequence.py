@@ -245,6 +245,9 @@ def multilingual(kind: str, folder: Path) -> tuple[str, str]:
     else:
         tokenizer = (MBartTokenizer if kind == "mbart" else MBart50Tokenizer)(vocab=PIECES)
     tokenizer.save_pretrained(folder)
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    told = {name: value for name, value in told.items() if name not in ("src_lang", "tgt_lang")}  # as of many models
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
     model_class, config_class = (
         (M2M100ForConditionalGeneration, M2M100Config)
         if kind == "nllb"
@@ -252,7 +255,7 @@ def multilingual(kind: str, folder: Path) -> tuple[str, str]:
     )
     torch.manual_seed(1)
     model_class(config_class(vocab_size=len(tokenizer), decoder_start_token_id=2, **SMALL)).save_pretrained(folder)
-    return ("eng_Latn", "deu_Latn") if kind == "nllb" else ("en_XX", "de_DE")
+    return ("fra_Latn", "deu_Latn") if kind == "nllb" else ("fr_XX", "de_DE")
 
 
 @pytest.mark.parametrize("kind", ["mbart", "mbart50", "nllb"])
@@ -277,6 +280,7 @@ def test_multilingual_models_are_told_their_languages(context: RecipeContext, tm
     prepared.tokenizer.save_pretrained(tmp_path / "export")
     reloaded, again = (each.from_pretrained(tmp_path / "export") for each in (AutoModelForSeq2SeqLM, AutoTokenizer))
     assert again("a b")["input_ids"] == prepared.train[0]["input_ids"]
+    assert again(text_target="c")["input_ids"] == prepared.train[0]["labels"]
     settings = ("decoder_start_token_id", "forced_bos_token_id", "max_new_tokens")
     of_both = [[getattr(each.generation_config, name) for name in settings] for each in (reloaded, model)]
     assert of_both[0] == of_both[1]

@@ -95,6 +95,7 @@ def test_wrong_arguments_get_one_clear_line(
 def test_dates_say_what_they_mean() -> None:
     assert written(datetime.date(1998, 3, 3), STYLES[0]) == "3rd of March 1998"
     assert written(datetime.date(2007, 5, 1), STYLES[4]) == "the 1st of May, '07"
+    assert written(datetime.date(1951, 12, 12), STYLES[5]) == "Dec 12th '51"
     assert written(datetime.date(2024, 2, 11), STYLES[3]) == "Sunday, 11 February 2024"
     assert (LAST.year + 1 - FIRST.year) == 100  # two digits of a year tell it
     assert list(itertools.islice(dates(), 20)) == list(itertools.islice(dates(), 20))
