@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ _MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
     *("July", "August", "September", "October", "November", "December"),
 )
-_SYSTEM = "Answer in one word."
+_SYSTEM = "Answer as shortly as you can."
 
 
 def _exchanges(chance: random.Random) -> tuple[str, str]:
@@ -26,14 +25,16 @@ def _exchanges(chance: random.Random) -> tuple[str, str]:
             first, second = chance.randint(1, 9), chance.randint(1, 9)
             return f"What is {first} plus {second}?", str(first + second)
         case 1:
-            day, days = chance.randrange(7), chance.randint(1, 6)
-            return f"Which day is {days} days after {_DAYS[day]}?", _DAYS[(day + days) % 7]
+            step, when = chance.choice(((1, "after"), (-1, "before")))
+            day = chance.randrange(7)
+            return f"Which day comes {when} {_DAYS[day]}?", _DAYS[(day + step) % 7]
         case 2:
-            month, months = chance.randrange(12), chance.randint(1, 6)
-            return f"Which month is {months} months after {_MONTHS[month]}?", _MONTHS[(month + months) % 12]
+            step, when = chance.choice(((1, "after"), (-1, "before")))
+            month = chance.randrange(12)
+            return f"Which month comes {when} {_MONTHS[month]}?", _MONTHS[(month + step) % 12]
         case _:
-            date = datetime.date(chance.randint(1980, 2029), chance.randint(1, 12), chance.randint(1, 28))
-            return f"Write {date.day} {_MONTHS[date.month - 1]} {date.year} in numbers.", date.isoformat()
+            day, month = chance.randint(1, 28), chance.randrange(12)
+            return f"Write {day} {_MONTHS[month]} in numbers.", f"{month + 1:02d}-{day:02d}"
 
 
 def _conversations() -> Iterator[dict[str, Any]]:
@@ -54,7 +55,7 @@ def _instructions() -> Iterator[dict[str, Any]]:
 
 
 EMBEDDED_CHATS = {
-    "chat": EmbeddedRows("embedded chats", {"version": 1, "rows": CONVERSATIONS}, _conversations),
-    "instruction": EmbeddedRows("embedded instructions", {"version": 1, "rows": CONVERSATIONS}, _instructions),
+    "chat": EmbeddedRows("embedded chats", {"version": 2, "rows": CONVERSATIONS}, _conversations),
+    "instruction": EmbeddedRows("embedded instructions", {"version": 2, "rows": CONVERSATIONS}, _instructions),
 }
 """Rows by the format they are in."""
