@@ -89,7 +89,7 @@ def test_nothing_to_predict_is_a_loss_of_zero() -> None:
 
 
 def predicting(model: Any, batch: Any) -> tuple[torch.Tensor, list[Any]]:
-    """Of each row its length, and whether the model thinks that the second token is even."""
+    """Of each row its number of targets, and whether the model thinks that the second token is even."""
     with torch.no_grad():
         even = model(input_ids=batch["input_ids"]).logits[:, 0].argmax(-1) % 2 == 0
     return loss(model, batch), [*zip((batch["labels"] != -100).sum(1).tolist(), even.tolist(), strict=True)]
@@ -125,7 +125,7 @@ def measures() -> dict[tuple[int, int], Any]:
 def test_every_sample_is_measured_once_and_in_its_place(world_size: int) -> None:
     by_rank = run_ranks(world_size, measures)
     for rows in ROWS:
-        lengths = [len(sample) for sample in tiny.sequences(rows)]
+        lengths = [len(sample) - 1 for sample in tiny.sequences(rows)]
         expected = measured([(length, False) for length in lengths])
         for batch_size in (1, 4):
             first = by_rank[0][rows, batch_size]

@@ -162,30 +162,38 @@ def spread(accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimize
 
 @contextlib.contextmanager
 def _shared_weights_stay_together(model: Any) -> Iterator[None]:
-    """Let Accelerate make no units of embeddings and head where a weight of theirs would be in two units.
+    """Let Accelerate make no units in two of which there would be the same weight: torch refuses it, or unties it.
 
-    It does since 1.15 (`fsdp2_prepare_model`), and torch refuses such a weight. An encoder-decoder has its embeddings
-    in two more places; those of BERT are part of a block of their own.
+    Its units are blocks and, since 1.15 (`fsdp2_prepare_model`), embeddings and head. An encoder-decoder has its
+    embeddings in two more places; those of BERT are part of a block of their own, which a masked language model's head
+    shares a weight with.
     """
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = (module for module in model.modules() if type(module).__name__ in names)
-    in_blocks = {id(part) for block in blocks for part in block.modules()}
-    if all(len(modules) == 1 or modules <= ends for modules in owners.values()) and not ends & in_blocks:
-        yield
-        return
+    names = getattr(model, "_no_split_modules", None)
+    blocks = [module for module in model.modules() if type(module).__name__ in (names or ())]
+    parts = {block: {id(part) for part in block.modules()} for block in blocks}
+    sharing = {block for block in blocks if any(owners[id(weight)] - parts[block] for weight in block.parameters())}
+    kept = {type(block).__name__ for block in blocks} - {type(block).__name__ for block in sharing}
+    in_blocks = {part for block in blocks if type(block).__name__ in kept for part in parts[block]}
+    alone = all(len(modules) == 1 or modules <= ends for modules in owners.values()) and not ends & in_blocks
     find_final_norm = fsdp_utils._find_final_norm
-    fsdp_utils._find_final_norm = lambda model: None
-    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    if sharing:
+        model._no_split_modules = kept
+    if not alone:
+        fsdp_utils._find_final_norm = lambda model: None
+        model.get_input_embeddings = model.get_output_embeddings = lambda: None
     try:
         yield
     finally:
-        fsdp_utils._find_final_norm = find_final_norm
-        del model.get_input_embeddings, model.get_output_embeddings
+        if sharing:
+            model._no_split_modules = names
+        if not alone:
+            fsdp_utils._find_final_norm = find_final_norm
+            del model.get_input_embeddings, model.get_output_embeddings
 
 
 @contextlib.contextmanager
