@@ -56,7 +56,7 @@ TOLD = 5
 UNANSWERABLE = 0.2
 """Share of questions about what the context does not tell."""
 
-TRAINING, VALIDATION = 4000, 500
+TRAINING, VALIDATION = 12000, 500
 _MODEL = {
     "hidden_size": 64,
     "num_hidden_layers": 3,
