@@ -29,7 +29,7 @@ class Tolerances:
     weight: float | None
     """None: not judged. Of a gradient near zero the sign is rounding, and AdamW makes whole steps of it."""
     metric: float
-    """Relative, of what an evaluation reports besides its loss: of perplexity, exp(loss), as much as of the loss itself."""
+    """Relative, of what an evaluation reports besides its loss; exp(loss) is off by as much as the loss itself."""
 
 
 TOLERANCES = {
