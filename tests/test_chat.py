@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from launch.cache import Cache
+from launch.engine.preflight import look
 from launch.errors import ConfigError, DataError
 from launch.recipe import Prepared, RecipeContext
 from recipes.causal_lm import Args, preview, tokenizer
@@ -123,6 +124,16 @@ def test_the_first_token_is_context_only(tmp_path: Path, context: RecipeContext)
     template = "{% generation %}{{ messages[1].content }}{% endgeneration %}"
     (sample,) = samples_of(prepare(arguments(tmp_path, [{"messages": TALK}], chat_template=template), context))
     assert sample == (ids("w1 w2"), [-100, *ids("w2")])
+
+
+@pytest.mark.parametrize("form", ["chat", "instruction"])
+def test_the_embedded_rows_are_all_answered_and_never_on_both_sides(context: RecipeContext, form: str) -> None:
+    prepared = prepare(Args(format=form), context)  # type: ignore[arg-type]
+    found = prepared.facts["train_conversations"]
+    assert found["rows"] > 2000
+    assert found["without_answer"] == found["cut_short"] == 0
+    assert look(prepared).overlap == 0
+    assert str(prepared.sample_prompt).endswith("assistant:")
 
 
 def test_prompts_and_completions_are_a_conversation(tmp_path: Path, context: RecipeContext) -> None:
