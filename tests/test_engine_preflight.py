@@ -82,6 +82,14 @@ def test_tokens_that_the_tokenizer_does_not_know_are_told() -> None:
     assert found.splits["validation"].unknown_share == 0
 
 
+def test_much_that_was_cut_is_told() -> None:
+    facts = {"train": {"rows": 200, "texts_cut_short": 30}, "validation": {"rows": 9, "share_of_source_cut": 0.25}}
+    found = look(prepared(CLASSES, [([1, 3], 0)], facts=facts)).lines()
+    assert "validation: rows 9, share of source cut 25.0%" in found
+    warned = [line.partition(";")[0] for line in found if line.startswith("warning: ") and "cut" in line]
+    assert warned == ["warning: train: texts cut short: 15%", "warning: validation: source cut: 25%"]
+
+
 def test_only_so_many_samples_are_looked_at_and_they_are_spread() -> None:
     found = look(prepared([([1] * (1 + index), 0) for index in range(100)], CLASSES), most=10)
     assert found.splits["training"].examined == 10

@@ -82,6 +82,9 @@ class Preflight:
                 yield f"{next(iter(split.labels))} is the label of more than 9 in 10 {name} samples"
             if split.unknown_share and split.unknown_share > 0.01:
                 yield f"{split.unknown_share:.0%} of the {name} tokens are unknown to the tokenizer"
+        for where, name, share in _cut_short(self.facts):
+            if share > 0.1:
+                yield f"{where}: {name}: {share:.0%}; what is cut is not learnt from; raise the length it is cut at"
         if self.overlap:
             examined = self.splits["validation"].examined
             yield f"{self.overlap:,} of {examined:,} validation samples are in the training data too"
@@ -202,12 +205,28 @@ def _balance(split: Split) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name.replace('_', ' ')} {_plain(each)}" for name, each in value.items())
+        told = {name.replace("_", " "): each for name, each in value.items()}
+        return ", ".join(f"{name} {_share(each) if 'share' in name else _plain(each)}" for name, each in told.items())
     if isinstance(value, list):
         return ", ".join(map(str, value[:LABELS_SHOWN])) + (" …" if len(value) > LABELS_SHOWN else "")
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _cut_short(facts: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """By split and name, the share of what had to be cut (`rows: 200, texts cut short: 30`; `share of source cut`)."""
+    for split, counted in facts.items():
+        if not isinstance(counted, dict):
+            continue
+        for name, value in counted.items():
+            if "cut" in name and isinstance(value, (int, float)):
+                share = value if isinstance(value, float) else value / max(counted.get("rows", 0), value, 1)
+                yield split, name.replace("_", " ").removeprefix("share of "), share
 
 
 def preview(prepared: Prepared, samples: int = 2) -> list[Text]:
