@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from launch.assets import code_root
+from launch.engine import exported
 from launch.engine.export import write_model, write_probe
 from launch.engine.exported import TOLERANCE, difference, load_exported, unlike, untied
 from launch.recipe import Prepared
@@ -101,3 +102,14 @@ def test_a_tie_that_is_lost_is_noticed_by_storage(exported: tuple[Any, Path, Pat
     tied = live.get_input_embeddings().weight is live.get_output_embeddings().weight
     assert untied(loaded, probe) == (["transformer.wte.weight"] if tied else [])
     assert difference(loaded, probe, "cpu") <= TOLERANCE, "its logits do not show it"
+
+
+def test_a_model_that_writes_no_text_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    GPT2ForSequenceClassification(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        exported.main(["continue", str(tmp_path), "a", "3", "0", "0"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"shoal: {tmp_path}: a GPT2ForSequenceClassification writes no text\n")

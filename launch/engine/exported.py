@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from launch.engine.export import logits_of, plain_name, sum_of
+from launch.errors import ConfigError
 
 TOLERANCE = 1e-5
 """Largest difference of a logit, relative to the largest logit (at least 1)."""
@@ -127,6 +128,9 @@ def main(arguments: list[str]) -> None:
             answer["sample"] = continue_text(model, tokenizer, prompt, SAMPLE_TOKENS, 0.7, 0)
         print(json.dumps(answer))
     else:
+        if not model.can_generate():
+            print(f"shoal: {folder}: a {type(model).__name__} writes no text", file=sys.stderr)
+            sys.exit(ConfigError.exit_code)
         prompt, max_new_tokens, temperature, seed = arguments[2:]
         print(continue_text(model, tokenizer, prompt, int(max_new_tokens), float(temperature), int(seed)))
 
