@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from launch.assets import code_root
-from launch.engine import exported
 from launch.engine.export import write_model, write_probe
-from launch.engine.exported import TOLERANCE, difference, load_exported, unlike, untied
+from launch.engine.exported import TOLERANCE, difference, load_exported, main, unlike, untied
 from launch.recipe import Prepared
 from recipes.causal_lm import collate, count, loss
 from tests import tiny
@@ -110,6 +109,6 @@ def test_a_model_that_writes_no_text_is_told(tmp_path: Path, capsys: pytest.Capt
     GPT2ForSequenceClassification(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        exported.main(["continue", str(tmp_path), "a", "3", "0", "0"])
+        main(["continue", str(tmp_path), "a", "3", "0", "0"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.endswith(f"shoal: {tmp_path}: a GPT2ForSequenceClassification writes no text\n")
