@@ -382,10 +382,10 @@ def judge_differently_on_rank_1() -> None:
 
 
 def judge_alone() -> None:
-    from launch.engine import run
+    from launch.engine import judging
 
     judge_differently_on_rank_1()
-    run.from_main = lambda accelerator, value: value
+    judging.from_main = lambda accelerator, value: value
 
 
 def compute_in_fp16_on_a_cpu() -> None:
