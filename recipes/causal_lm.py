@@ -21,6 +21,7 @@ from pydantic import Field
 
 from launch.errors import ConfigError, DataError
 from launch.recipe import Batch, Prepared, Preview, RecipeContext, Samples, Stream
+from recipes.batches import IGNORED, summed_cross_entropy
 from recipes.chat import (
     ChatArgs,
     Conversations,
@@ -37,7 +38,7 @@ from recipes.chat import (
 from recipes.embedded import LANGUAGE_MODEL
 from recipes.embedded_chats import EMBEDDED_CHATS
 from recipes.models import ModelArgs, Source, check_model
-from recipes.packing import IGNORED, Blocks, Packed, Packing, Plan, check_isolation, collate
+from recipes.packing import Blocks, Packed, Packing, Plan, check_isolation, collate
 from recipes.rows import (
     RowStream,
     check_rows,
@@ -285,9 +286,7 @@ def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     logits = model(input_ids=batch["input_ids"], **inputs, use_cache=False).logits
     # Shift the small labels rather than copy the large logits.
     targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return summed_cross_entropy(logits, targets)
 
 
 def count(batch: Batch) -> int:

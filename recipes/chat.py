@@ -16,8 +16,8 @@ from pydantic import AfterValidator, Field
 
 from launch.errors import ConfigError, DataError
 from launch.recipe import RecipeArgs
+from recipes.batches import IGNORED
 from recipes.files import short
-from recipes.packing import IGNORED
 from recipes.rows import RowStream, Splits
 from recipes.tokens import begins_texts
 

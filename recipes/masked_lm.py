@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, JsonValue
 
-from launch.errors import ConfigError, DataError
+from launch.errors import DataError
 from launch.recipe import Batch, Inference, Metrics, Prepared, Preview, RecipeContext, Scoring
+from recipes.batches import IGNORED, count_targets, marks, padded, summed_cross_entropy
 from recipes.embedded import paragraphs
 from recipes.embedded_encoder import small_encoder
-from recipes.masking import IGNORED, Masked, MaskedStream, Masking
+from recipes.masking import Masked, MaskedStream, Masking
 from recipes.models import ModelArgs, Source, check_model
 from recipes.rows import (
     EmbeddedRows,
@@ -75,16 +76,11 @@ def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:
         ConfigError: it takes fewer tokens than `max_length`.
         DataError: it cannot be loaded, or has no such token.
     """
-    found = _source(args, context).tokenizer()
-    for token in ("mask_token", "pad_token"):
-        if getattr(found, f"{token}_id") is None:
-            raise DataError(
-                f"recipe_args.model = {args.model}: its tokenizer has no {token}, which masked language modelling "
-                "needs; use an encoder such as BERT"
-            )
-    if args.max_length > found.model_max_length:
-        raise ConfigError(
-            f"recipe_args.max_length = {args.max_length}: {args.model} takes {found.model_max_length} tokens at most"
+    found = _source(args, context).padding_tokenizer(args.max_length)
+    if found.mask_token_id is None:
+        raise DataError(
+            f"recipe_args.model = {args.model}: its tokenizer has no mask_token, which masked language modelling "
+            "needs; use an encoder such as BERT"
         )
     return found
 
@@ -234,34 +230,30 @@ class Collate:
 
     def __call__(self, samples: list[dict[str, Numbers]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels`, all int64 `(batch, seq)`."""
-        import numpy as np
-        import torch
-
-        lengths = np.array([len(sample["input_ids"]) for sample in samples])
-        width = min(-(-lengths.max() // self.multiple) * self.multiple, max(self.max_length, lengths.max()))
-        real = np.arange(width) < lengths[:, None]
-        ids, labels = np.full(real.shape, self.pad_id), np.full(real.shape, IGNORED)
-        ids[real] = np.concatenate([sample["input_ids"] for sample in samples])
-        labels[real] = np.concatenate([sample["labels"] for sample in samples])
-        columns = {"input_ids": ids, "attention_mask": real.astype(np.int64), "labels": labels}
-        return {name: torch.from_numpy(values) for name, values in columns.items()}
+        ids, labels = ([sample[name].tolist() for sample in samples] for name in ("input_ids", "labels"))
+        return {
+            "input_ids": padded(ids, self.pad_id, self.multiple, self.max_length),
+            "attention_mask": marks(ids, self.multiple, self.max_length),
+            "labels": padded(labels, IGNORED, self.multiple, self.max_length),
+        }
 
 
 def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of each target, summed; a scalar in fp32."""
-    return _summed(_logits(model, batch), batch["labels"])
+    return summed_cross_entropy(_logits(model, batch), batch["labels"])
 
 
 def count(batch: Batch) -> int:
     """Tokens that are targets."""
-    return int((batch["labels"] != IGNORED).sum())
+    return count_targets(batch)
 
 
 def predict(model: Inference, batch: Batch) -> tuple[torch.Tensor, list[Any]]:
     """The summed loss, and of each sample how many targets are told right, and how many there are."""
     logits, labels = _logits(model, batch), batch["labels"]
     right = (logits.argmax(-1) == labels).sum(-1)  # no token has the number IGNORED
-    return _summed(logits, labels), list(zip(right.tolist(), (labels != IGNORED).sum(-1).tolist(), strict=True))
+    targets = (labels != IGNORED).sum(-1)
+    return summed_cross_entropy(logits, labels), list(zip(right.tolist(), targets.tolist(), strict=True))
 
 
 def measure(counts: list[Any]) -> Metrics:
@@ -274,12 +266,3 @@ def _logits(model: Any, batch: Batch) -> torch.Tensor:
     """Shape `(batch, seq, vocabulary)`."""
     logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits
-
-
-def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    from torch.nn import functional
-
-    # Targets have no fixed number, but the shape of what is computed has: no device waits, nothing is compiled anew.
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from recipes.batches import IGNORED
+
 if TYPE_CHECKING:
     import numpy as np
 
     from recipes.rows import RowStream
 
     Numbers = np.ndarray[Any, np.dtype[np.int64]]
-
-IGNORED = -100
-"""Label of a token that is no target (torch's `cross_entropy` default)."""
 
 MASKED, RANDOM = 0.8, 0.1
 """Shares of the targets that are replaced by the mask token, and by a random token; the rest stays.

@@ -143,6 +143,27 @@ class Source:
             )
         return tokenizer
 
+    def padding_tokenizer(self, length: int | None = None, **settings: Any) -> PreTrainedTokenizerBase:
+        """The same, with a token that pads; `length` are the tokens of a text it must be able to take.
+
+        Raises:
+            ConfigError: it takes fewer.
+            DataError: it cannot be loaded, or has no token that can stand for padding.
+        """
+        tokenizer, args = self.tokenizer(**settings), self.args
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise DataError(
+                    f"recipe_args.model = {args.model}: its tokenizer has neither a padding token nor an end-of-text "
+                    "token to pad with; name one that has in recipe_args.tokenizer"
+                )
+            tokenizer.pad_token = tokenizer.eos_token  # what is padded is masked and no target: it may share a token
+        if length is not None and length > tokenizer.model_max_length:
+            raise ConfigError(
+                f"recipe_args.max_length = {length}: {args.model} takes {tokenizer.model_max_length} tokens at most"
+            )
+        return tokenizer
+
     def config(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> PretrainedConfig:
         """The model's configuration, consistent with the tokenizer; `settings`, such as `num_labels`, are laid over it.
 

@@ -19,15 +19,13 @@ from pydantic import JsonValue
 
 from launch.errors import ConfigError
 from launch.recipe import RecipeContext
+from recipes.batches import IGNORED
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     Tokens = np.ndarray[Any, np.dtype[np.int32]]
-
-IGNORED = -100
-"""Label of a position that is no target (torch's `cross_entropy` default)."""
 
 Packing = Literal["continuous", "isolated", "off"]
 

@@ -22,9 +22,10 @@ from launch.errors import ConfigError, DataError
 from launch.recipe import Batch, Inference, Prepared, Preview, RecipeContext, Scoring
 from recipes import metrics
 from recipes.answers import Answers
+from recipes.batches import IGNORED, marks, padded, summed_cross_entropy
 from recipes.embedded_questions import QUESTION_ENCODER, QUESTIONS
 from recipes.models import ModelArgs, Source, check_model
-from recipes.question_windows import IGNORED, NOWHERE, Windows, answers_of, read_squad
+from recipes.question_windows import NOWHERE, Windows, answers_of, read_squad
 from recipes.rows import RowArgs, Splits, check_rows, encode_rows, encoded_samples, load_rows, rows_identity
 
 if TYPE_CHECKING:
@@ -99,16 +100,10 @@ def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:
         ConfigError: it does not, or there is no room for a context.
         DataError: it cannot be loaded.
     """
-    found = _source(args, context).tokenizer()
+    found = _source(args, context).padding_tokenizer()
     name = f"recipe_args.{'tokenizer' if args.tokenizer else 'model'} = {args.tokenizer or args.model}"
     if not found.is_fast:
         raise ConfigError(f"{name}: its tokenizer does not tell the characters of a token; use one with tokenizer.json")
-    if found.pad_token_id is None:
-        if found.eos_token_id is None:
-            raise ConfigError(
-                f"{name}: its tokenizer has neither a padding token (pad_token) nor an end token; add one"
-            )
-        found.pad_token = found.eos_token  # padding is masked and never a target, so it may share a token
     needed = args.max_question_length + args.stride + found.num_special_tokens_to_add(pair=True)
     if args.max_length <= needed:
         raise _no_room(args, needed)
@@ -211,20 +206,16 @@ def collate(samples: list[Any], tokenizer: PreTrainedTokenizerBase, args: Args) 
     """
     import torch
 
-    longest = max(len(sample["input_ids"]) for sample in samples)
-    multiple = args.pad_to_multiple_of
-    length = max(longest, min(-(-longest // multiple) * multiple, args.max_length))
+    def rows(name: str, filler: int) -> torch.Tensor:
+        return padded([sample[name] for sample in samples], filler, args.pad_to_multiple_of, args.max_length)
 
-    def padded(rows: list[list[int]], value: int, size: int = length) -> torch.Tensor:
-        return torch.tensor([[*row, *[value] * (size - len(row))] for row in rows])
-
-    ids = [sample["input_ids"] for sample in samples]
     batch = {
-        "input_ids": padded(ids, tokenizer.pad_token_id),
-        "attention_mask": padded([[1] * len(row) for row in ids], 0),
+        "input_ids": rows("input_ids", tokenizer.pad_token_id),
+        "attention_mask": marks([sample["input_ids"] for sample in samples], args.pad_to_multiple_of, args.max_length),
     }
+    length = batch["input_ids"].shape[1]
     if "token_type_ids" in samples[0]:
-        batch["token_type_ids"] = padded([sample["token_type_ids"] for sample in samples], tokenizer.pad_token_type_id)
+        batch["token_type_ids"] = rows("token_type_ids", tokenizer.pad_token_type_id)
     if "offsets" in samples[0]:
         flat = padded([sample["offsets"] for sample in samples], NOWHERE[0], 2 * length)
         batch["offsets"] = flat.view(len(samples), length, 2)
@@ -245,13 +236,9 @@ def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 def summed_loss(outputs: Any, batch: Batch) -> torch.Tensor:
     """The loss of what the model has given: `start_logits` and `end_logits`, shape `(batch, seq)`."""
-    from torch.nn import functional
-
     padding = batch["attention_mask"] == 0
     start, end = (
-        functional.cross_entropy(
-            logits.float().masked_fill(padding, float("-inf")), targets, ignore_index=IGNORED, reduction="sum"
-        )
+        summed_cross_entropy(logits.float().masked_fill(padding, float("-inf")), targets)
         for logits, targets in (
             (outputs.start_logits, batch["start_positions"]),
             (outputs.end_logits, batch["end_positions"]),

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import DataError
+from recipes.batches import IGNORED
 from recipes.encoding import Columns
 from recipes.files import NO_READERS, Row, open_text, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""Position of an answer that no window holds whole (the default of torch's `cross_entropy` for what is no target)."""
 
 NOWHERE = (-1, -1)
 """Characters of a token that is none of the context's."""

@@ -19,6 +19,7 @@ from pydantic import Field, JsonValue
 from launch.errors import ConfigError, DataError
 from launch.recipe import Batch, Inference, Metrics, Prepared, Preview, RecipeContext, Scoring
 from recipes import metrics
+from recipes.batches import count_targets, summed_cross_entropy
 from recipes.models import Embedded, ModelArgs, Source, check_model
 from recipes.rows import (
     EmbeddedRows,
@@ -30,7 +31,7 @@ from recipes.rows import (
     load_rows,
     rows_identity,
 )
-from recipes.text_pairs import IGNORED, Collate, Encoder, Pairs, facts
+from recipes.text_pairs import Collate, Encoder, Pairs, facts
 from recipes.writing import Writing, ready_tokenizer
 
 if TYPE_CHECKING:
@@ -202,18 +203,11 @@ class Task:
 
 def summed_loss(model: torch.nn.Module | Inference, batch: Batch, label_smoothing: float) -> torch.Tensor:
     """Cross-entropy of each target token given the source and those before it, summed; a scalar in fp32."""
-    from torch.nn import functional
-
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
     logits = model(**inputs, use_cache=False).logits
-    return functional.cross_entropy(
-        *(logits.flatten(0, 1).float(), batch["labels"].flatten()),
-        ignore_index=IGNORED,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
+    return summed_cross_entropy(logits, batch["labels"], label_smoothing)
 
 
 def count(batch: Batch) -> int:
     """Target tokens of a batch."""
-    return int((batch["labels"] != IGNORED).sum())
+    return count_targets(batch)

@@ -16,6 +16,7 @@ from pydantic import Field, JsonValue
 
 from launch.errors import ConfigError, DataError
 from launch.recipe import Batch, Inference, Prepared, Preview, RecipeContext, Scoring
+from recipes.batches import marks, padded, summed_cross_entropy
 from recipes.embedded_docstrings import DOCSTRINGS
 from recipes.embedded_encoder import small_encoder
 from recipes.label_metrics import choose, measure, numbers_of
@@ -78,19 +79,7 @@ def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:
     Raises:
         DataError: it cannot be loaded, or has no token that can stand for padding.
     """
-    found = _source(args, context).tokenizer()
-    if found.pad_token_id is None:
-        if found.eos_token_id is None:
-            raise DataError(
-                f"recipe_args.model = {args.model}: its tokenizer has neither a padding token nor an end-of-text token "
-                "to pad with; name one that has in recipe_args.tokenizer"
-            )
-        found.pad_token = found.eos_token  # attention is masked where it pads
-    if args.max_length > found.model_max_length:
-        raise ConfigError(
-            f"recipe_args.max_length = {args.max_length}: {args.model} takes {found.model_max_length} tokens at most"
-        )
-    return found
+    return _source(args, context).padding_tokenizer(args.max_length)
 
 
 def prepare(args: Args, context: RecipeContext) -> Prepared:
@@ -284,18 +273,13 @@ class Collate:
         """
         import torch
 
-        longest = max(len(sample["input_ids"]) for sample in samples)
-        width = min(-(-longest // self.multiple) * self.multiple, max(self.max_length, longest))
+        def rows(name: str, filler: int) -> torch.Tensor:
+            return padded([sample[name] for sample in samples], filler, self.multiple, self.max_length)
 
-        def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-            return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
-
-        batch = {
-            "input_ids": padded([sample["input_ids"] for sample in samples], self.pad_id),
-            "attention_mask": padded([[1] * len(sample["input_ids"]) for sample in samples], 0),
-        }
+        mask = marks([sample["input_ids"] for sample in samples], self.multiple, self.max_length)
+        batch = {"input_ids": rows("input_ids", self.pad_id), "attention_mask": mask}
         if self.types and "token_type_ids" in samples[0]:
-            batch["token_type_ids"] = padded([sample["token_type_ids"] for sample in samples], 0)
+            batch["token_type_ids"] = rows("token_type_ids", 0)
         if self.several is None:
             batch["labels"] = torch.tensor([sample["labels"] for sample in samples])
         else:
@@ -326,7 +310,7 @@ def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     if labels.is_floating_point():
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-    return functional.cross_entropy(logits, labels, reduction="sum")
+    return summed_cross_entropy(logits, labels)
 
 
 # --- metrics -----------------------------------------------------------------------------------------------

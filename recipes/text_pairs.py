@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import DataError
+from recipes.batches import IGNORED, marks, padded
 from recipes.rows import RowStream, Splits
 
 if TYPE_CHECKING:
     import torch
 
     from recipes.sequence_to_sequence import SequenceArgs
-
-IGNORED = -100
-"""Label of a position that is no target (torch's `cross_entropy` default)."""
 
 Texts = list[str]
 Columns = dict[str, list[Any]]
@@ -117,14 +115,8 @@ class Collate:
         sources, targets = ([sample[name] for sample in samples] for name in ("input_ids", "labels"))
         before = [[self.start, *target[:-1]] for target in targets]
         return {
-            "input_ids": self._padded(sources, self.pad),
-            "attention_mask": self._padded([[1] * len(source) for source in sources], 0),
-            "decoder_input_ids": self._padded(before, self.pad),
-            "labels": self._padded(targets, IGNORED),
+            "input_ids": padded(sources, self.pad, self.multiple),
+            "attention_mask": marks(sources, self.multiple),
+            "decoder_input_ids": padded(before, self.pad, self.multiple),
+            "labels": padded(targets, IGNORED, self.multiple),
         }
-
-    def _padded(self, rows: list[list[int]], filler: int) -> torch.Tensor:
-        import torch
-
-        longest = -(-max(map(len, rows)) // self.multiple) * self.multiple
-        return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])

@@ -18,6 +18,7 @@ from pydantic import Field, JsonValue
 from launch.errors import ConfigError, DataError
 from launch.recipe import Batch, Inference, Prepared, Preview, RecipeContext, Scoring
 from recipes import metrics
+from recipes.batches import IGNORED, count_targets, marks, padded, summed_cross_entropy
 from recipes.conll import read_conll
 from recipes.embedded_encoder import small_encoder
 from recipes.embedded_entities import ENTITIES
@@ -29,9 +30,6 @@ from recipes.word_labels import WordLabels, labels_of, listed_values
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""Label of a token that is no target (torch's `cross_entropy` default)."""
 
 ENTITY_METRICS = ("precision", "recall", "f1", "accuracy")
 """What an evaluation gives: all of it where labels are of entities, else `accuracy` alone."""
@@ -76,22 +74,11 @@ def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:
         DataError: it cannot be loaded, cannot tell words, or has no token that can stand for padding.
     """
     # Byte-level tokenizers take a word for the end of the one before unless a space is put in front of it.
-    found = _source(args, context).tokenizer(add_prefix_space=True)
+    found = _source(args, context).padding_tokenizer(args.max_length, add_prefix_space=True)
     if not found.is_fast:
         raise DataError(
             f"recipe_args.model = {args.model}: its tokenizer cannot tell which token is of which word (it is none of "
             "the tokenizers library); name another in recipe_args.tokenizer"
-        )
-    if found.pad_token_id is None:
-        if found.eos_token_id is None:
-            raise DataError(
-                f"recipe_args.model = {args.model}: its tokenizer has neither a padding token nor an end-of-text token "
-                "to pad with; name one that has in recipe_args.tokenizer"
-            )
-        found.pad_token = found.eos_token  # attention is masked where it pads
-    if args.max_length > found.model_max_length:
-        raise ConfigError(
-            f"recipe_args.max_length = {args.max_length}: {args.model} takes {found.model_max_length} tokens at most"
         )
     return found
 
@@ -268,29 +255,25 @@ class Collate:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, `labels` and `word_labels`, all int64 `(batch, seq)`."""
-        import torch
 
-        longest = max(len(sample["input_ids"]) for sample in samples)
-        width = min(-(-longest // self.multiple) * self.multiple, max(self.max_length, longest))
-
-        def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-            return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+        def rows(name: str, filler: int) -> torch.Tensor:
+            return padded([sample[name] for sample in samples], filler, self.multiple, self.max_length)
 
         return {
-            "input_ids": padded([sample["input_ids"] for sample in samples], self.pad_id),
-            "attention_mask": padded([[1] * len(sample["input_ids"]) for sample in samples], 0),
-            **{name: padded([sample[name] for sample in samples], IGNORED) for name in ("labels", "word_labels")},
+            "input_ids": rows("input_ids", self.pad_id),
+            "attention_mask": marks([sample["input_ids"] for sample in samples], self.multiple, self.max_length),
+            **{name: rows(name, IGNORED) for name in ("labels", "word_labels")},
         }
 
 
 def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of each target, summed; a scalar in fp32."""
-    return _summed(_logits(model, batch), batch["labels"])
+    return summed_cross_entropy(_logits(model, batch), batch["labels"])
 
 
 def count(batch: Batch) -> int:
     """Tokens that are targets."""
-    return int((batch["labels"] != IGNORED).sum())
+    return count_targets(batch)
 
 
 def predict(model: Inference, batch: Batch) -> tuple[torch.Tensor, list[Any]]:
@@ -300,16 +283,10 @@ def predict(model: Inference, batch: Batch) -> tuple[torch.Tensor, list[Any]]:
         (guess[known != IGNORED].tolist(), known[known != IGNORED].tolist())
         for guess, known in zip(logits.argmax(-1).cpu(), truth.cpu(), strict=True)
     ]
-    return _summed(logits, batch["labels"]), pairs
+    return summed_cross_entropy(logits, batch["labels"]), pairs
 
 
 def _logits(model: Any, batch: Batch) -> torch.Tensor:
     """In fp32, shape `(batch, seq, labels)`."""
     logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
     return logits
-
-
-def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    from torch.nn import functional
-
-    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")

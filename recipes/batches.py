@@ -1,0 +1,55 @@
+"""What batches of tokens have in common: padding, labels that are no targets, and the loss of those that are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from launch.recipe import Batch
+
+IGNORED = -100
+"""Label of a position that is no target (torch's `cross_entropy` default)."""
+
+
+def padded(rows: Sequence[Sequence[int]], filler: int, multiple: int, most: int | None = None) -> torch.Tensor:
+    """Rows padded on the right to the longest, up to a multiple of `multiple`; int64 `(rows, width)`.
+
+    `most` is where the multiple ends, such as the positions of the model; a longer row stays whole.
+    """
+    import torch
+
+    longest = max(map(len, rows))
+    width = -(-longest // multiple) * multiple
+    if most is not None:
+        width = min(width, max(most, longest))
+    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])
+
+
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Over all positions that are targets; a scalar in fp32.
+
+    `logits` have shape `(…, classes)`, `labels` the same without the last dimension.
+    """
+    from torch.nn import functional
+
+    # Targets have no fixed number, but the shape of what is computed has: no device waits, nothing is compiled anew.
+    return functional.cross_entropy(
+        logits.flatten(0, -2).float(),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+
+
+def count_targets(batch: Batch) -> int:
+    """Labels of a batch that are targets."""
+    return int((batch["labels"] != IGNORED).sum())
+
+
+def marks(rows: Sequence[Any], multiple: int, most: int | None = None) -> torch.Tensor:
+    """The attention mask of such rows: 1 where they are, 0 where they are padded."""
+    return padded([[1] * len(row) for row in rows], 0, multiple, most)
