@@ -25,7 +25,7 @@ from launch.config import RunConfig
 from launch.errors import EndedError, ParityError, RunFolderError
 from launch.plan import decide, python_environment
 from launch.processes import alive, below, die_with_parent, gone, kill
-from launch.record import held, is_finished, is_run_folder, read_json, read_plan
+from launch.record import held, is_finished, is_run_folder, read_json
 from launch.topology import World, worker_environment
 
 UNDISTURBED, INTERRUPTED = "undisturbed", "interrupted"
@@ -289,7 +289,7 @@ class _Interrupted:
         update = self.update()
         launcher = self.launcher.itself
         workers = below(launcher)
-        ranks = _ranks(self._folder, launcher)
+        ranks = _ranks(launcher)
         if not ranks:
             return None
         self._excused, self._ended_with = True, None
@@ -354,14 +354,10 @@ class _Launcher:
         return f"{lines[-1].removeprefix('shoal: ') if lines else 'without a word'} ({self._log})"
 
 
-def _ranks(run: Path, launcher: psutil.Process) -> list[psutil.Process]:
-    """The workers, in the order of their ranks: the launcher's child, or the children of torchrun that it is then."""
+def _ranks(launcher: psutil.Process) -> list[psutil.Process]:
+    """The workers, in the order of their ranks."""
     try:
-        children = launcher.children()
-        if read_plan(run).processes.world_size > 1:
-            children = [
-                rank for torchrun in children for rank in torchrun.children() if "launch.train" in rank.cmdline()
-            ]
+        children = [child for child in launcher.children() if "launch.train" in child.cmdline()]
     except psutil.Error:
         return []
     return sorted(alive(children), key=lambda process: (process.create_time(), process.pid))

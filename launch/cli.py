@@ -218,7 +218,9 @@ def _print_plan(plan: Plan, console: Console) -> None:
 
 
 def _print_command(plan: Plan) -> None:
-    print("\nThe workers are started with")
+    size = plan.processes.world_size
+    each = f"each of the {size} workers is" if size > 1 else "the worker is"
+    print(f"\n{each.capitalize()} started with")
     for name, value in plan.environment.items():
         print(f"  {name}={shlex.quote(value)} \\")
     print(f"  {shlex.join(plan.command)}\n")

@@ -208,7 +208,7 @@ def make_plan(
         dtypes=planned_dtypes(processes.strategy, config.train.precision),
         deepspeed=_deepspeed(config, processes, batch),
         run_folder=str(run_folder),
-        command=_command(processes, run_folder),
+        command=_command(run_folder),
         environment=_environment(processes),
     )
 
@@ -430,44 +430,19 @@ def _length(config: RunConfig, preview: Preview) -> Length:
     )
 
 
-def _command(processes: Processes, run_folder: Path) -> tuple[str, ...]:
-    """What starts the workers: torchrun for several, on GPUs and CPUs alike.
-
-    Not `accelerate launch`, which calls torchrun itself, but first reads a file and sets variables of which the plan
-    needs none; with `--cpu` it starts one process whatever --num_processes says (accelerate 1.15, `launch_command`).
-    """
-    worker = ("-m", "launch.train", str(run_folder))
-    if processes.world_size == 1:
-        return (sys.executable, *worker)
-    return (
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(processes.per_node)),
-        *worker,
-    )
+def _command(run_folder: Path) -> tuple[str, ...]:
+    """What starts a worker. Each rank is this process, started directly: no torchrun, no `accelerate launch`."""
+    return (sys.executable, "-m", "launch.train", str(run_folder))
 
 
 def _environment(processes: Processes) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": str(processes.threads), **python_environment()}
-    if processes.world_size > 1:
-        environment |= TORCHRUN
     if processes.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed guesses, and says so on stdout, wherever it is imported
         if not processes.strategy.shards:
             environment["ACCELERATE_USE_CPU"] = "true"
     return environment
-
-
-TORCHRUN = {
-    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600",
-}
-"""What torchrun, and `accelerate launch` which calls it, must know of signals.
-
-It dies of a signal that it was not told to pass on, and kills the ranks; and of one that it passes on it kills them
-after 30 s, however long their save takes (torch 2.13: distributed/run.py, distributed/launcher/api.py). Variables, not
-options: older releases, which know none of this, pass over them.
-"""
 
 
 def python_environment() -> dict[str, str]:

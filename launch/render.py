@@ -89,10 +89,13 @@ def accelerate_values(strategy: Strategy, nodes: int, world_size: int) -> dict[s
 def accelerate_yaml(plan: Plan) -> str:
     """The file with which plain `accelerate launch` starts the workers of this plan."""
     processes = plan.processes
+    needed = {name: value for name, value in plan.environment.items() if name in _NEEDED}
+    if processes.world_size > 1:
+        needed |= TORCHRUN
     head = [
         f"Starts the run in {plan.run_folder} by plain `accelerate launch`:",
         "",
-        *(f"  {name}={value} \\" for name, value in plan.environment.items() if name in _NEEDED),
+        *(f"  {name}={value} \\" for name, value in needed.items()),
         f"  accelerate launch --config_file {plan.run_folder}/accelerate.yaml -m launch.train {plan.run_folder}",
         "",
     ]
@@ -103,8 +106,16 @@ def accelerate_yaml(plan: Plan) -> str:
     return "".join(f"# {line}".rstrip() + "\n" for line in head) + "\n" + write_yaml(values)
 
 
-_NEEDED = (
-    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU"),
-    *("PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
-)
+_NEEDED = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU")
 """What a user's own command must set; where our packages are found is not among it."""
+
+TORCHRUN = {
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600",
+}
+"""What torchrun, and `accelerate launch` which calls it, must know of signals where they start the workers.
+
+It dies of a signal that it was not told to pass on, and kills the ranks; and of one that it passes on it kills them
+after 30 s, however long their save takes (torch 2.13: distributed/run.py, distributed/launcher/api.py). Variables, not
+options: older releases, which know none of this, pass over them.
+"""

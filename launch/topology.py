@@ -218,6 +218,37 @@ def tokenizers_without_threads(environ: MutableMapping[str, str] = os.environ) -
             environ[name] = before
 
 
+def roll_call(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Where the launcher calls the roll of its ranks, as `launch.rollcall` announces it; None where none does."""
+    return environ.get(ANNOUNCED)
+
+
+ANNOUNCED = "SHOAL_ROLL_CALL"
+
+
+def enter_world(
+    world: World, address: str, port: int, interface: str | None, environ: MutableMapping[str, str] = os.environ
+) -> None:
+    """Tell torch which rank we are and where the ranks meet, a store that is served there already.
+
+    gloo would take the interface that the name of this host resolves to, which on Debian is the loopback: with an
+    `interface` it takes that one, unless the user has chosen another.
+    """
+    environ.update(
+        {
+            "RANK": str(world.rank),
+            "WORLD_SIZE": str(world.size),
+            "LOCAL_RANK": str(world.local_rank),
+            "LOCAL_WORLD_SIZE": str(world.local_size),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 connects too (torch, distributed/rendezvous.py)
+        }
+    )
+    if interface:
+        environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
 def is_supervised(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether `shoal run` started this worker: it shows our stdout, keeps our stderr, and reports our failure."""
     return environ.get("SHOAL_SUPERVISED") == "1"

@@ -47,8 +47,9 @@ from launch.record import (
     write_json,
 )
 from launch.registry import Recipe, recipe_of
+from launch.rollcall import Meeting, answer
 from launch.stop import STOPPED, StopRequest, StopSignal, exit_code, ignore_signals, spoken, write_stopped
-from launch.topology import World, is_supervised, read_world, worker_environment
+from launch.topology import World, enter_world, is_supervised, read_world, roll_call, worker_environment
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -140,6 +141,10 @@ class Start:
     """A checkpoint or an exported model, where it is only to be evaluated."""
     lock: FileLock | None = None
     """Of the run folder; on rank 0, where no launcher holds it."""
+    meeting: Meeting | None = None
+    """Where the ranks meet, and the line to the launcher, where it calls the roll."""
+    store: Any = None
+    """What ranks find each other by; on rank 0, as long as it lives."""
 
 
 def begin(arguments: argparse.Namespace, world: World) -> Start | None:
@@ -178,7 +183,34 @@ def begin(arguments: argparse.Namespace, world: World) -> Start | None:
             f"{plan.processes.world_size}; start it with the command recorded there, or plan a new run"
         )
     refuse_another(plan, given, world)
-    return Start(plan, recipe_of(plan.config), world, given, arguments.trials, arguments.weights)
+    start = Start(plan, recipe_of(plan.config), world, given, arguments.trials, arguments.weights)
+    if announced := roll_call():
+        start.meeting = _meet(announced, world)
+    return start
+
+
+def _meet(announced: str, world: World) -> Meeting:
+    """Answer the launcher's roll call, and notice from then on when it is gone.
+
+    Raises:
+        TopologyError: it cannot be reached, or not all ranks have come.
+    """
+    meeting = answer(announced, world.rank, world.size)
+    enter_world(world, meeting.address, meeting.port, meeting.interface)
+
+    def cut_off() -> None:
+        """Nothing can be saved, since that takes all ranks."""
+        host = socket.gethostname()
+        print(
+            f"shoal: rank {world.rank} ({host}): no answer from the launcher on {meeting.host}: that host is down, or "
+            "the network between",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    meeting.watch(ended=lambda: os.kill(os.getpid(), signal.SIGTERM), silent=cut_off)
+    return meeting
 
 
 def _say_finished(folder: Path, world: World) -> None:
@@ -239,7 +271,7 @@ def work(start: Start, stop: StopRequest) -> None:
     from launch.engine.data import open_data
     from launch.engine.progress import Display
     from launch.engine.run import Run
-    from launch.engine.sharding import make_accelerator
+    from launch.engine.sharding import make_accelerator, serve_store
 
     display, data = Display(start.world.rank == 0), None
     try:
@@ -247,6 +279,8 @@ def work(start: Start, stop: StopRequest) -> None:
         # From here on ranks wait for each other, and there will be something to save.
         stop.immediate = start.trials or start.weights is not None
         data = open_data(start.plan, prepared, start.world.rank) if prepared else None
+        if start.meeting and start.meeting.listener:
+            start.store = serve_store(start.meeting.listener)
         accelerator = make_accelerator(start.plan)
         raise_together(accelerator, problem)
         assert prepared is not None and data is not None, "no rank had a problem"

@@ -6,7 +6,6 @@ Both are planned, the run itself as on a machine that has the devices it asks fo
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,8 +145,7 @@ def differences(original: Plan, twin: Plan) -> list[str]:
 def _facts(plan: Plan) -> dict[str, Any]:
     """A plan by dotted keys, without the run folder, and with what follows from it for the communication."""
     content = as_json(plan)
-    del content["run_folder"]
-    content["command"] = _launcher(plan)
+    del content["run_folder"], content["command"]
     content["communication"] = _communication(plan)
     return flatten(content)
 
@@ -160,14 +158,6 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
     for name, inner in value.items():
         flat |= flatten(inner, f"{key}.{name}" if key else name)
     return flat
-
-
-def _launcher(plan: Plan) -> str:
-    """What stands in a command between Python and the worker, which both have."""
-    if plan.processes.nodes > 1:
-        return f"one launcher on each of {plan.processes.nodes} nodes"
-    launcher = plan.command[1 : plan.command.index("launch.train") - 1]
-    return shlex.join(launcher) if launcher else "no launcher"
 
 
 def _communication(plan: Plan) -> str:

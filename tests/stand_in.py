@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from launch import local
+from launch import local, supervise
 from launch.checkpoints import aside_folder, newest_complete, publish, update_of, write_file
 from launch.config import load
 from launch.errors import LaunchError
@@ -40,7 +40,7 @@ def lead(folder: Path, ranks: int, max_restarts: int) -> None:
         with held(folder if folder.is_dir() else create_run_folder(plan)):
             ending = local.run(plan, folder)
     except LaunchError as error:
-        ending = local.Ending(error.exit_code, str(error))
+        ending = supervise.Ending(error.exit_code, str(error))
     print(ending.traceback, ending.message, sep="\n", file=sys.stderr)
     sys.exit(ending.exit_code)
 

@@ -133,7 +133,7 @@ def test_a_plan_comes_back_from_its_json() -> None:
 def test_gpus_and_cpus_are_started_alike() -> None:
     on_gpus, on_cpus = (planned("parallel.devices=4", machine=machine).command for machine in (GPUS, CPU))
     assert on_gpus == on_cpus
-    assert on_gpus[1:5] == ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+    assert on_gpus[1:3] == ("-m", "launch.train")
 
 
 # --- the batch -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -22,7 +23,7 @@ from accelerate.utils import (
     fsdp_utils,
     patch_environment,
 )
-from torch.distributed import distributed_c10d
+from torch.distributed import Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import unset_hf_deepspeed_config
@@ -70,6 +71,18 @@ def make_accelerator(plan: Plan) -> Accelerator:
         # and have no shape: every one would look like a bias to `optim.parameter_groups`, and none would decay.
         unset_hf_deepspeed_config()
     return accelerator
+
+
+def serve_store(listener: socket.socket) -> Store:
+    """Serve the store that the ranks meet in, at the port that `listener` is bound to. On rank 0."""
+    host, port = listener.getsockname()
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def _process_group(plan: Plan) -> InitProcessGroupKwargs:

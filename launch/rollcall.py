@@ -1,0 +1,354 @@
+"""Where the ranks of a run report to the launcher: who is there, where they meet, and that they are there still.
+
+The launcher calls the roll (`RollCall`); each rank answers it (`answer`) before it touches data or devices. Ranks then
+meet at an address by which other hosts have reached the launcher's, whatever the names of hosts resolve to, and at a
+port that rank 0 already holds. The connections stay open: the kernel tells each side that the other has gone, also
+where a cable was cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+
+from launch.errors import TopologyError
+
+MISSING_SECONDS = 40.0
+"""How long after the last answer the ranks that have not answered count as missing."""
+
+FIRST_ANSWER_SECONDS = 600.0
+"""How long the first answer may take: a cold file system may take minutes to start Python."""
+
+REACH_SECONDS = 30.0
+"""How long a rank tries to reach the launcher."""
+
+SILENT_SECONDS = (10, 5, 3)
+"""TCP keep-alive: asked after so many idle seconds, then every so many, given up after so many questions."""
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rank says of itself."""
+
+    rank: int
+    world_size: int
+    host: str
+    port: int | None = None
+    """On rank 0: where the ranks can meet, a port that it holds."""
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A rank whose connection has ended."""
+
+    rank: int
+    host: str
+    silent: bool
+    """Whether it just answers no more, as when its host or the network is down; False: its process has ended."""
+
+
+@dataclass
+class _Caller:
+    """A connection, and what has come of its first line."""
+
+    connection: socket.socket
+    text: bytes = b""
+    answer: Answer | None = None
+
+
+# --- the launcher's side ---------------------------------------------------------------------------------
+
+
+class RollCall:
+    """Calls the roll of `world_size` ranks; `look` does what is to do and never waits.
+
+    `hosts` are the names and addresses to announce; the loopback alone where all ranks are on this host.
+    """
+
+    def __init__(self, world_size: int, hosts: list[str]) -> None:
+        self.problem: str | None = None
+        """Why the ranks cannot meet."""
+        self.gone: list[Gone] = []
+        """Ranks that have gone after they had met, in order."""
+        self._world_size = world_size
+        self._token = secrets.token_hex(8)
+        bound = LOOPBACK if hosts == [LOOPBACK] else ""
+        self._listener = socket.create_server((bound, 0), backlog=1024)
+        self._listener.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._callers: dict[int, _Caller] = {}
+        self._met = False
+        self._last_answer: float | None = None
+        self._begun = time.monotonic()
+        port = self._listener.getsockname()[1]
+        self.announcement = f"{self._token}@" + ",".join(f"{host}:{port}" for host in hosts)
+        """What ranks must be told: `token@host:port,host:port …`, to be tried in this order."""
+
+    def close(self) -> None:
+        """Forget all ranks."""
+        for key in [*self._selector.get_map().values()]:
+            key.fileobj.close()  # type: ignore[union-attr]
+        self._selector.close()
+
+    def look(self) -> None:
+        """Hear who has something to say; once all ranks have answered, tell them where they meet."""
+        for key, _ in self._selector.select(timeout=0):
+            if key.fileobj is self._listener:
+                self._accept()
+            else:
+                self._hear(key.data)
+        if not self._met and self.problem is None:
+            self._conclude()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = self._listener.accept()
+                connection.setblocking(False)
+                notice_silence(connection)
+                self._selector.register(connection, selectors.EVENT_READ, _Caller(connection))
+
+    def _hear(self, caller: _Caller) -> None:
+        try:
+            text = caller.connection.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(caller, silent=is_silence(error))
+        else:
+            caller.text += text
+            if not text:
+                self._lose(caller, silent=False)
+            elif caller.answer is None and caller.text.endswith(b"\n"):
+                self._register(caller)
+
+    def _register(self, caller: _Caller) -> None:
+        try:
+            content = json.loads(caller.text)
+            if content.pop("token") != self._token:
+                raise ValueError
+            answer = Answer(**content)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._drop(caller)  # nobody of ours
+            return
+        caller.answer, self._last_answer = answer, time.monotonic()
+        if other := self._callers.get(answer.rank):
+            assert other.answer is not None, "it has answered"
+            self.problem = f"both {other.answer.host} and {answer.host} say that they are rank {answer.rank}"
+        elif answer.world_size != self._world_size:
+            self.problem = (
+                f"rank {answer.rank} ({answer.host}) was started in a world of {answer.world_size}, but the plan says "
+                f"{self._world_size}"
+            )
+        self._callers[answer.rank] = caller
+
+    def _drop(self, caller: _Caller) -> None:
+        self._selector.unregister(caller.connection)
+        caller.connection.close()
+
+    def _lose(self, caller: _Caller, *, silent: bool) -> None:
+        self._drop(caller)
+        if caller.answer is None:
+            return
+        if self._met:
+            self.gone.append(Gone(caller.answer.rank, caller.answer.host, silent))
+        elif self._callers.get(caller.answer.rank) is caller:
+            del self._callers[caller.answer.rank]
+
+    def _conclude(self) -> None:
+        if len(self._callers) == self._world_size:
+            self._met = True
+            self._tell({"address": self._meeting_address(), "port": self._answer_of(0).port})
+            return
+        patience = MISSING_SECONDS if self._last_answer else FIRST_ANSWER_SECONDS
+        if time.monotonic() - (self._last_answer or self._begun) > patience:
+            self.problem = self._missing(patience)
+
+    def _answer_of(self, rank: int) -> Answer:
+        answer = self._callers[rank].answer
+        assert answer is not None, "whoever is called has answered"
+        return answer
+
+    def _meeting_address(self) -> str:
+        """An address by which other hosts reach that of rank 0."""
+        host = self._answer_of(0).host
+        elsewhere = [caller for rank, caller in self._callers.items() if self._answer_of(rank).host != host]
+        if not elsewhere:
+            return LOOPBACK
+        own, peer = (str(name[0]) for name in _ends(self._callers[0].connection))
+        if peer not in (own, LOOPBACK):  # it is on another host than the launcher
+            return peer
+        # It is on this one, as those see it who have come from outside.
+        return str(_ends(elsewhere[0].connection)[0][0])
+
+    def _missing(self, patience: float) -> str:
+        missing = [str(rank) for rank in range(self._world_size) if rank not in self._callers]
+        there = sorted({self._answer_of(rank).host for rank in self._callers})
+        said = f"; the others are on {', '.join(there)}" if there else ""
+        plural = "s" if len(missing) > 1 else ""
+        return (
+            f"rank{plural} {', '.join(missing)} of {self._world_size} did not report to {socket.gethostname()} within "
+            f"{patience:.0f} s{said}"
+        )
+
+    def refuse(self) -> None:
+        """Tell the ranks that wait about the problem."""
+        self._tell({"problem": self.problem})
+
+    def _tell(self, content: dict[str, Any]) -> None:
+        line = json.dumps(content).encode() + b"\n"
+        for caller in self._callers.values():
+            with contextlib.suppress(OSError):  # one that has just gone is noticed when it is heard
+                caller.connection.send(line)
+
+
+def _ends(connection: socket.socket) -> tuple[Any, Any]:
+    return connection.getsockname(), connection.getpeername()
+
+
+def hosts_of_this_machine(interface: str | None = None) -> list[str]:
+    """Names and addresses by which other hosts may reach this one, or only the addresses of one network interface.
+
+    Raises:
+        TopologyError: it has no such interface.
+    """
+    addresses = {
+        name: [each.address for each in found if each.family == socket.AF_INET]
+        for name, found in psutil.net_if_addrs().items()
+    }
+    if interface is not None:
+        if not addresses.get(interface):
+            names = ", ".join(sorted(name for name, found in addresses.items() if found))
+            raise TopologyError(
+                f"{socket.gethostname()} has no network interface {interface} with an IPv4 address; it has {names}"
+            )
+        return addresses[interface]
+    outside = [address for found in addresses.values() for address in found if not address.startswith("127.")]
+    return [socket.gethostname(), *outside]
+
+
+# --- a rank's side ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Meeting:
+    """Where the ranks meet, and the line to the launcher."""
+
+    address: str
+    port: int
+    listener: socket.socket | None
+    """On rank 0: what holds the port."""
+    launcher: socket.socket
+    host: str
+    """The launcher's, as it was reached."""
+    interface: str | None
+    """The network interface by which ranks on other hosts are reached; None where all are on this one."""
+
+    def watch(self, ended: Callable[[], None], silent: Callable[[], None]) -> None:
+        """Have a thread call `ended` when the launcher has ended, and `silent` when its host answers no more."""
+
+        def wait() -> None:
+            try:
+                while self.launcher.recv(4096):
+                    pass
+            except OSError as error:
+                if is_silence(error):
+                    silent()
+                    return
+            ended()
+
+        threading.Thread(target=wait, name="roll call", daemon=True).start()
+
+
+def answer(announcement: str, rank: int, world_size: int) -> Meeting:
+    """Report to the launcher and wait until all ranks have.
+
+    Raises:
+        TopologyError: the launcher cannot be reached, or not all ranks have come.
+    """
+    token, _, places = announcement.partition("@")
+    listener = None
+    if rank == 0:
+        listener = socket.socket()
+        listener.bind(("", 0))
+    launcher, host = _reach(rank, places.split(","))
+    port = listener.getsockname()[1] if listener else None
+    said = asdict(Answer(rank, world_size, socket.gethostname(), port))
+    launcher.sendall(json.dumps({"token": token, **said}).encode() + b"\n")
+    line = b""
+    while not line.endswith(b"\n"):
+        more = launcher.recv(4096)
+        if not more:
+            raise TopologyError(f"{_name(rank)}: the launcher on {host} has hung up")
+        line += more
+    reply = json.loads(line)
+    if problem := reply.get("problem"):
+        raise TopologyError(problem)
+    address = reply["address"]
+    interface = None if address == LOOPBACK else _interface(address, launcher.getsockname()[0])
+    return Meeting(address, reply["port"], listener, launcher, host, interface)
+
+
+def _name(rank: int) -> str:
+    return f"rank {rank} ({socket.gethostname()})"
+
+
+def _reach(rank: int, places: list[str]) -> tuple[socket.socket, str]:
+    """A connection to the first place that can be reached."""
+    until = time.monotonic() + REACH_SECONDS
+    patience = max(1.0, REACH_SECONDS / len(places) / 3)
+    while True:
+        problems = []
+        for place in places:
+            host, _, port = place.rpartition(":")
+            try:
+                connection = socket.create_connection((host, int(port)), timeout=patience)
+            except OSError as error:
+                problems.append(f"{place}: {error.strerror or error}")
+                continue
+            connection.settimeout(None)
+            notice_silence(connection)
+            return connection, host
+        if time.monotonic() > until:
+            raise TopologyError(
+                f"{_name(rank)}: cannot reach the launcher: {'; '.join(problems)}; see whether hosts may connect to "
+                "each other on any port, and set cluster.network_interface where only one of their networks does"
+            )
+        time.sleep(0.5)
+
+
+def _interface(meeting: str, mine: str) -> str | None:
+    """The interface of this host that leads to the others.
+
+    It is the one by which the launcher was reached; on the launcher's own host that by which others have reached it.
+    """
+    addresses = {each.address: name for name, found in psutil.net_if_addrs().items() for each in found}
+    return addresses.get(meeting) or addresses.get(mine)
+
+
+def is_silence(error: OSError) -> bool:
+    """Whether the other side just does not answer; else its process has ended."""
+    return error.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+
+
+def notice_silence(connection: socket.socket) -> None:
+    """Have the kernel end a connection whose other side answers no more."""
+    idle, interval, count = SILENT_SECONDS
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", idle), ("TCP_KEEPINTVL", interval), ("TCP_KEEPCNT", count)):
+        if hasattr(socket, name):  # macOS has other names
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,0 +1,324 @@
+"""Sees a run through: has its ranks started, waits, stops them, starts them again, says how they ended.
+
+Where the ranks are is not its business: `launch.local` starts them on this machine, `launch.job` by SLURM.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from launch.checkpoints import newest_complete, update_of
+from launch.errors import INTERRUPTED, PREEMPTED, TopologyError
+from launch.plan import Plan
+from launch.record import put_aside, read_json
+from launch.rollcall import RollCall
+from launch.stop import SIGNALS, STOPPED, exit_code, receivable, spoken
+
+ALONE_SECONDS = 20.0
+"""How long ranks may stay where others have failed or left: they wait for the dead."""
+
+AGAIN_SECONDS = 0.5
+"""A Ctrl-C this soon after a signal is the same one: a terminal, and a launcher around us, may both send it."""
+
+LONGEST_PAUSE_SECONDS = 30.0
+
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class End:
+    """How a rank has ended."""
+
+    code: int
+    """Its exit code; of a signal, the negative number."""
+    rank: int | None = None
+    host: str = ""
+
+    def __str__(self) -> str:
+        return "a worker" if self.rank is None else f"rank {self.rank} ({self.host})"
+
+
+class Ranks(Protocol):
+    """The ranks of one attempt."""
+
+    first_failure: End | None
+    """The first to end with another code than 0."""
+    killed: End | None
+    """The first to be ended by SIGKILL, and not by us."""
+
+    def look(self) -> None:
+        """Notice who has come and who has gone."""
+
+    @property
+    def left(self) -> int:
+        """How many ranks are there still."""
+
+    def tell(self, number: int) -> None:
+        """Send a signal to every rank, once to each."""
+
+    def end(self) -> None:
+        """See that nothing is left."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the workers ended: an exit code and, unless that is 0, what to tell the user."""
+
+    exit_code: int
+    message: str = ""
+    traceback: str = ""
+    killed: bool = False
+    """Whether a worker was ended by SIGKILL, as the kernel does when memory runs out."""
+    saved: bool = False
+    """Whether the ranks have stopped together, with a checkpoint."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the user or the system asked for it."""
+        return self.exit_code in (INTERRUPTED, PREEMPTED)
+
+
+Start = Callable[[Plan, Path, RollCall | None], Ranks]
+"""Starts all ranks of a plan, which answer the roll call where there are several."""
+
+
+def supervise(plan: Plan, folder: Path, start: Start, hosts: list[str], *, restarts: bool = True) -> Ending:
+    """Start the workers of `plan` and wait for their end; none of them outlives this call.
+
+    `hosts` are where the roll is called. After a crash they start again, `parallel.max_restarts` times without a newer
+    checkpoint in between, unless `restarts` is False.
+    """
+    allowed = plan.config.parallel.max_restarts if restarts else 0
+    fruitless = 0  # restarts in a row that have brought no newer checkpoint
+    with Signals() as signals:
+        while True:
+            before = saved_updates(folder)
+            ending = _attempt(plan, folder, start, hosts, signals)
+            if ending.exit_code != 1 or signals.first is not None:
+                return ending
+            saved = saved_updates(folder)
+            if saved > before:
+                fruitless = 0
+            if fruitless == allowed:
+                return _crashed(folder, ending, fruitless + 1, saved)
+            fruitless += 1
+            pause = min(2.0 ** (fruitless - 1), LONGEST_PAUSE_SECONDS)
+            say(f"{_first_line(ending)}; restart {fruitless} of {allowed} from update {saved} in {pause:g} s")
+            if not signals.quiet_for(pause):
+                assert signals.first is not None
+                return _stopped(folder, signals.first)
+
+
+def saved_updates(folder: Path) -> int:
+    """How many updates the newest complete checkpoint holds."""
+    checkpoint = newest_complete(folder)
+    return update_of(checkpoint) if checkpoint else 0
+
+
+def _crashed(folder: Path, ending: Ending, times: int, saved: int) -> Ending:
+    """A crash after which the workers are not started again, and what the user can do then."""
+    lines = [ending.message]
+    if times > 1:
+        lines.append(f"crashed {times} times after update {saved} without a newer checkpoint")
+    if saved:
+        lines.append(f"go on from update {saved} with: shoal resume {folder}")
+    return Ending(ending.exit_code, "\n".join(lines), ending.traceback, ending.killed)
+
+
+def say(text: str) -> None:
+    """Tell the user something while the run goes on."""
+    print(f"shoal: {text}", file=sys.stderr, flush=True)
+
+
+def _first_line(ending: Ending) -> str:
+    return ending.message.partition("\n")[0]
+
+
+# --- signals to us ---------------------------------------------------------------------------------------
+
+
+class Signals:
+    """Remembers the signals that ask us to stop, while it is entered."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.again = False
+        """Whether Ctrl-C was pressed after that: nobody wants to wait."""
+        self._since = 0.0
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.signal(number, self._receive) for number in receivable()}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.first is None:
+            self.first, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since >= AGAIN_SECONDS:
+            self.again = True
+
+    def quiet_for(self, seconds: float) -> bool:
+        """Wait; False as soon as a signal arrives."""
+        until = time.monotonic() + seconds
+        while self.first is None and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_SECONDS))
+        return self.first is None
+
+
+# --- one attempt -----------------------------------------------------------------------------------------
+
+
+def _attempt(plan: Plan, folder: Path, start: Start, hosts: list[str], signals: Signals) -> Ending:
+    """Start the workers once."""
+    put_aside(folder)
+    size = plan.processes.world_size
+    roll = RollCall(size, hosts) if size > 1 else None
+    try:
+        ranks = start(plan, folder, roll)
+        try:
+            _watch(ranks, roll, folder, signals)
+        finally:
+            ranks.end()
+    finally:
+        if roll:
+            roll.close()
+    return _ending(folder, ranks, roll, signals)
+
+
+def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, signals: Signals) -> None:
+    """Wait until the workers have left, or must be ended.
+
+    Signals are passed on, and ranks may take as long as they need to save; but not where there is nothing to save, or
+    where others have left them behind.
+    """
+    announced = False
+    alone_since: float | None = None
+    while True:
+        if roll:
+            roll.look()
+        ranks.look()
+        if not ranks.left:
+            return
+        if signals.first is not None and not announced:
+            announced = True
+            say(
+                f"stopping: {signal.Signals(signals.first).name} received; the ranks save a checkpoint and leave "
+                "(Ctrl-C again: leave at once, without saving)"
+            )
+        if roll and roll.problem and not alone_since:
+            roll.refuse()
+        alone = ranks.first_failure or _nothing_to_save(folder) or (roll and (roll.problem or _silent(roll)))
+        if signals.first is not None:
+            ranks.tell(signals.first)
+        elif alone:
+            ranks.tell(signal.SIGTERM)
+        if signals.again:
+            return
+        if alone:
+            alone_since = alone_since or time.monotonic()
+            if time.monotonic() - alone_since > ALONE_SECONDS:
+                return
+        time.sleep(POLL_SECONDS)
+
+
+def _silent(roll: RollCall) -> bool:
+    return any(gone.silent for gone in roll.gone)
+
+
+def _nothing_to_save(folder: Path) -> bool:
+    """Whether a rank has left before the first update, so that there will be none."""
+    stopped = read_json(folder / STOPPED)
+    return stopped is not None and not stopped["update"] and not stopped["checkpoint"]
+
+
+# --- endings ---------------------------------------------------------------------------------------------
+
+
+def _ending(folder: Path, ranks: Ranks, roll: RollCall | None, signals: Signals) -> Ending:
+    """How it ended: done, stopped or failed."""
+    if signals.again:
+        return Ending(INTERRUPTED, f"stopped by Ctrl-C without saving; {_way_on(folder)}")
+    first = ranks.first_failure.code if ranks.first_failure else None
+    asked = first is None or first in (INTERRUPTED, PREEMPTED) or -first in SIGNALS
+    if asked and (folder / "result.json").is_file():
+        return Ending(0)
+    stopped: dict[str, Any] | None = read_json(folder / STOPPED)
+    saved = stopped is not None and bool(stopped["update"] or stopped["checkpoint"])
+    failures = [read_json(path) for path in folder.glob("failure-*.json")]
+    if roll and roll.problem:
+        return Ending(TopologyError.exit_code, roll.problem)
+    # Where nobody asked us, a worker's death is the cause and the stop its consequence: `_watch` has told the others.
+    # Only ranks that have saved together were all there.
+    lost = ranks.killed is not None and not saved
+    if lost and (signals.first is None or failures):
+        return _failure(folder, failures, ranks, roll)
+    if stopped and (saved or asked or signals.first is not None):
+        return _stopped(folder, signals.first or signal.Signals[stopped["signal"]], stopped)
+    if first and asked:
+        return _stopped(folder, signals.first or (-first if first < 0 else signal.SIGTERM))
+    if signals.first is not None and not failures and not lost:
+        return _stopped(folder, signals.first)
+    return _failure(folder, failures, ranks, roll)
+
+
+def _stopped(folder: Path, number: int, stopped: dict[str, Any] | None = None) -> Ending:
+    """The ending of a run that a signal has stopped."""
+    update = stopped["update"] if stopped else 0
+    when = f"after update {update}" if update else "before the first update"
+    checkpoint = stopped and stopped["checkpoint"]
+    if checkpoint:
+        way_on = f"checkpoint {checkpoint}; go on with: shoal resume {folder}"
+    else:
+        way_on = _way_on(folder)
+    return Ending(exit_code(number), f"stopped by {spoken(number)} {when}; {way_on}", saved=bool(checkpoint))
+
+
+def _way_on(folder: Path) -> str:
+    """What can be done with a run that has left no new checkpoint."""
+    if saved := saved_updates(folder):
+        return f"go on from update {saved} with: shoal resume {folder}"
+    return f"nothing was saved, the record is in {folder}"
+
+
+def _failure(folder: Path, failures: list[Any], ranks: Ranks, roll: RollCall | None) -> Ending:
+    """What went wrong: the failure that a rank wrote down first, else the end of the logs."""
+    if ranks.killed:  # what the other ranks say then is only that they have lost it
+        return Ending(
+            1,
+            f"{ranks.killed} was killed by SIGKILL, as the kernel does when the machine's memory runs out; "
+            f"logs: {folder / 'logs'}",
+            killed=True,
+        )
+    if roll and _silent(roll):
+        hosts: dict[str, list[int]] = {}
+        for gone in roll.gone:
+            if gone.silent:
+                hosts.setdefault(gone.host, []).append(gone.rank)
+        shown = "; ".join(f"{host} (rank {', '.join(map(str, sorted(found)))})" for host, found in hosts.items())
+        return Ending(1, f"no answer from {shown}: the host is down, or the network between; logs: {folder / 'logs'}")
+    if failures:
+        earliest = min(failures, key=lambda failure: failure["time"])
+        return Ending(earliest["exit_code"], earliest["message"], earliest["traceback"])
+    code = ranks.first_failure.code if ranks.first_failure else 0
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    tail = "\n".join(f"  {line}" for path in _logs(folder) for line in _last_lines(path))
+    who = str(ranks.first_failure) if ranks.first_failure and ranks.first_failure.rank is not None else "the workers"
+    return Ending(1, f"{who} ended without a word ({how}); logs: {folder / 'logs'}", tail)
+
+
+def _logs(folder: Path) -> list[Path]:
+    return sorted((folder / "logs").glob("*.log"))
+
+
+def _last_lines(path: Path, count: int = 10) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
