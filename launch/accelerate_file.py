@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from launch.accelerate_keys import PREFIXED, AccelerateFile, Fsdp, Parallelism, Prefetch, Sharding, StateDict
-from launch.config import place_of, refuse_unrecordable, shown, validate
 from launch.dotted import drop, get, put
 from launch.errors import ConfigError
-from launch.source import Layer, read_yaml_1_1_file
+from launch.source import Layer, place_of, read_yaml_1_1_file, shown
 from launch.strategy import ZERO_STRATEGIES, Strategy, strategy_with_offload
+from launch.validation import refuse_unrecordable, validate
 
 
 def read_accelerate_file(path: Path) -> Layer:

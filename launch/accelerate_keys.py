@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from launch.config import ABSENT, Section
+from launch.sections import ABSENT, Section
 
 
 def _quoted(value: Any) -> Any:

@@ -21,11 +21,11 @@ from typing import Any
 
 import psutil
 
-from launch.config import RunConfig
 from launch.errors import EndedError, ParityError, RunFolderError
 from launch.plan import decide, python_environment
 from launch.processes import alive, below, die_with_parent, gone, kill
 from launch.record import held, is_finished, is_run_folder, read_json
+from launch.sections import RunConfig
 from launch.topology import World, worker_environment
 
 UNDISTURBED, INTERRUPTED = "undisturbed", "interrupted"

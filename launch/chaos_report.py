@@ -7,10 +7,10 @@ from typing import Any
 
 from launch import __version__
 from launch.chaos import INTERRUPTED, UNDISTURBED, Interruption, Strike
-from launch.config import RunConfig
 from launch.errors import PREEMPTED, RunFolderError
 from launch.record import surroundings, write_json
 from launch.sameness import Compared
+from launch.sections import RunConfig
 
 TITLES = ("", "what", "at update", "exit code", "went on from", "updates done again")
 """Of the columns of `rows`."""

@@ -20,10 +20,11 @@ from launch.cli_arguments import AsJson, CommandWithKeys, DebugCpu, Out, Overrid
 from launch.cli_proofs import chaos_command, parity_command
 from launch.cli_recipes import look_at_data, prepare_command, recipes_app, schema_command, tokenize_command
 from launch.cli_results import checkpoints_command, eval_command, export_command, generate_command
-from launch.config import Loaded, RunConfig, describe
+from launch.config import Loaded
 from launch.errors import EXIT_CODES, LaunchError, MemoryExhaustedError, RunFolderError
 from launch.explain import explain
 from launch.fitting import Fits, question, remember, smaller
+from launch.keys import describe
 from launch.plan import Decided, Plan, as_json, decide
 from launch.printing import complain, console_on
 from launch.record import (
@@ -37,6 +38,7 @@ from launch.record import (
     refuse_results,
 )
 from launch.registry import Recipe
+from launch.sections import RunConfig
 from launch.topology import World, cache_folder, stray_variables
 from launch.trials import find
 from launch.twin import decide_twin

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from launch.config import Key, RunConfig, describe
+from launch.keys import Key, describe
+from launch.sections import RunConfig
 
 
 class CommandWithKeys(TyperCommand):

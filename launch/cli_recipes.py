@@ -14,11 +14,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from launch.cli_arguments import AsJson, Overrides, RunFile, documented
-from launch.config import RunConfig, describe
+from launch.keys import describe
 from launch.plan import python_environment
 from launch.printing import first_line
 from launch.recipe_copy import copy_recipe
 from launch.registry import load_module, run_files, shipped_recipes
+from launch.sections import RunConfig
 from launch.topology import worker_environment
 
 recipes_app = typer.Typer(help="List the recipes, show what one lets you set, or copy one to make it your own.")

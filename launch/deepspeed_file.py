@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.config import place_of, refuse_unrecordable, shown, validate
 from launch.deepspeed_keys import AUTO, DeepSpeedFile
 from launch.dotted import NOTHING, drop, get, leaves, put
 from launch.errors import ConfigError
-from launch.source import Layer, read_json_file
+from launch.source import Layer, place_of, read_json_file, shown
 from launch.strategy import ZERO_STRATEGIES, Strategy, strategy_with_offload
+from launch.validation import refuse_unrecordable, validate
 
 _ZERO = "zero_optimization"
 _STAGE = f"{_ZERO}.stage"

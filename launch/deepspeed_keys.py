@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue
 
-from launch.config import ABSENT, Section
+from launch.sections import ABSENT, Section
 
 
 def _whole(value: Any) -> Any:

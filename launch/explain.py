@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.config import RunConfig, SaveSection, TrainSection
 from launch.plan import Length, Plan
+from launch.sections import RunConfig, SaveSection, TrainSection
 
 
 @dataclass(frozen=True)

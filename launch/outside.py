@@ -19,10 +19,10 @@ from launch.accelerate_file import (
     read_accelerate_file,
     strategy_of_accelerate,
 )
-from launch.config import DEFAULT, Loaded
+from launch.config import Loaded
 from launch.deepspeed_file import complete, read_deepspeed_file, strategy_of_deepspeed
 from launch.errors import ConfigError, TopologyError
-from launch.source import Layer
+from launch.source import DEFAULT, Layer
 from launch.strategy import Strategy
 from launch.topology import World
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from launch import __version__
-from launch.config import RunConfig
 from launch.errors import RunFolderError
 from launch.parity import Outcome
 from launch.parity_plot import draw
 from launch.record import read_plan, surroundings, write_json
+from launch.sections import RunConfig
 
 
 def write_report(folder: Path, config: RunConfig, outcomes: list[Outcome], *, complete: bool) -> dict[str, Any]:

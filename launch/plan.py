@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from launch import __version__
 from launch.assets import code_root
 from launch.cache import Cache
-from launch.config import Loaded, RunConfig, load
+from launch.config import Loaded, load
 from launch.errors import ConfigError, TopologyError
 from launch.fitting import Fits, question, recall
 from launch.outside import agreed, read_outside, take_over
@@ -26,6 +26,7 @@ from launch.recipe import Preview, RecipeContext
 from launch.registry import Recipe, find_run_file, load_recipe
 from launch.render import deepspeed_config
 from launch.schedule import Schedule, total_updates, updates_per_epoch, warmup_updates
+from launch.sections import RunConfig
 from launch.strategy import Dtypes, Strategy, planned_dtypes
 from launch.topology import Device, Machine, World, cache_folder, read_machine
 

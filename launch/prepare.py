@@ -16,11 +16,12 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.console import Console
 
 from launch.cache import Cache
-from launch.config import RunConfig, load
+from launch.config import load
 from launch.errors import ConfigError, DataError, LaunchError
 from launch.printing import complain
 from launch.recipe import Prepared, Progress, RecipeContext, Samples, Stream
 from launch.registry import Recipe, find_run_file, load_recipe
+from launch.sections import RunConfig
 from launch.stop import StopRequest, StopSignal, exit_code, spoken
 from launch.topology import cache_folder
 

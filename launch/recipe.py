@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 from pydantic import AfterValidator, BeforeValidator
 
 from launch.cache import Cache
-from launch.config import Section
+from launch.sections import Section
 
 if TYPE_CHECKING:
     import torch

@@ -12,11 +12,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from launch.assets import recipes_folder
-from launch.config import Loaded, RunConfig, validate
+from launch.config import Loaded
 from launch.errors import ConfigError
 from launch.own_recipe import import_file
 from launch.recipe import Prepared, Preview, RecipeArgs, RecipeContext
+from launch.sections import RunConfig
 from launch.source import Layer, read_run_file
+from launch.validation import validate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

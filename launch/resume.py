@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from launch.config import RunConfig
 from launch.dotted import leaves
 from launch.errors import ConfigError
+from launch.sections import RunConfig
 
 HARMLESS_SECTIONS = ("track", "save", "parallel", "cluster")
 """Where the numbers go, what is kept, and who computes: none of it changes what is computed."""

@@ -336,3 +336,21 @@ class _Dumper(yaml.SafeDumper):
 def write_yaml(values: dict[str, Any]) -> str:
     """Plain data as a run file, which `read_run_file` reads back to the same."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+DEFAULT = "default"
+"""The place of a value that is stated nowhere."""
+
+
+def place_of(layer: Layer, key: str) -> str:
+    """Where a key is stated; else a key within it; else the nearest section around it; else "default"."""
+    within = (place for other, place in layer.places.items() if other.startswith(f"{key}."))
+    names = key.split(".")
+    around = (layer.places.get(".".join(names[:length])) for length in range(len(names) - 1, 0, -1))
+    return layer.places.get(key) or next(within, None) or next(filter(None, around), DEFAULT)
+
+
+def shown(value: Any) -> str:
+    """A value as it would be written in a run file, cut to a readable length."""
+    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
+    return text if len(text) <= 60 else text[:57] + "…"

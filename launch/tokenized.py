@@ -10,11 +10,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from launch.cache import Cache
-from launch.config import RunConfig, load
+from launch.config import load
 from launch.errors import ConfigError, DataError
 from launch.prepare import answer, prepare
 from launch.recipe import RecipeContext
 from launch.registry import find_run_file, load_recipe
+from launch.sections import RunConfig
 from launch.topology import cache_folder
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.config import Loaded, ParallelSection, RunConfig, load
+from launch.config import Loaded, load
 from launch.errors import ConfigError, LaunchError
 from launch.outside import read_outside, take_over
 from launch.plan import Decided, Plan, as_json, decide
 from launch.registry import find_run_file
+from launch.sections import ParallelSection, RunConfig
 from launch.strategy import Strategy
 from launch.topology import Machine, World, read_machine
 

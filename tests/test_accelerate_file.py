@@ -30,8 +30,8 @@ from launch.accelerate_file import (
 )
 from launch.accelerate_keys import PREFIXED, AccelerateFile, Backend, Distributed, Prefetch, Sharding, StateDict
 from launch.assets import shipped_folder
-from launch.config import describe, section_of
 from launch.errors import ConfigError
+from launch.keys import describe, section_of
 from tests.mutations import Mutations, paths_of, typos, with_change, wrong_types
 
 CONFIGS = sorted(shipped_folder("accelerate_configs").glob("*.yaml"))

@@ -96,7 +96,7 @@ def test_a_worker_entry_imports_the_worker_plane_inside_functions_only(path: Pat
 
 
 ENGINE_MAY = {
-    *("launch.errors", "launch.config", "launch.recipe", "launch.plan"),
+    *("launch.errors", "launch.sections", "launch.recipe", "launch.plan"),
     *("launch.schedule", "launch.stop", "launch.strategy"),
     *("launch.checkpoints", "launch.disk", "launch.resume", "launch.versions"),
 }

@@ -14,8 +14,10 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.config import RunConfig, TrainSection, all_keys, describe, dump_yaml, load
+from launch.config import dump_yaml, load
 from launch.errors import ConfigError
+from launch.keys import all_keys, describe
+from launch.sections import RunConfig, TrainSection
 
 
 def refusal(overrides: list[str], run_file: Path | None = None) -> str:

@@ -20,10 +20,10 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, ValidationError
 
-from launch.config import all_keys
 from launch.deepspeed_file import _ALWAYS, _REFUSED, complete, read_deepspeed_file, strategy_of_deepspeed
 from launch.deepspeed_keys import DeepSpeedFile, NumberFormat
 from launch.errors import ConfigError
+from launch.keys import all_keys
 from launch.render import deepspeed_config
 from launch.strategy import Strategy
 from tests.mutations import Mutations, paths_of, typos, with_change, wrong_types

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.config import TrainSection
 from launch.engine.optim import make_optimizer, parameter_groups
+from launch.sections import TrainSection
 from tests import tiny
 
 

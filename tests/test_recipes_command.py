@@ -12,14 +12,15 @@ from typer.testing import CliRunner
 
 from launch.assets import recipes_folder
 from launch.cli import app
-from launch.config import describe, load
+from launch.config import load
 from launch.errors import ConfigError
+from launch.keys import describe
 from launch.recipe_copy import copy_recipe
 from launch.registry import load_module, load_recipe, shipped_recipes
 from tests.commands import shoal
 
 SECTIONED = '''"""Rows of my own."""
-from launch.config import Section
+from launch.sections import Section
 from launch.recipe import RecipeArgs
 
 

@@ -27,8 +27,21 @@ OWN = Path(__file__).with_name("own_recipe.py")
 # --- shipped ---------------------------------------------------------------------------------------------
 
 
+RECIPES = [
+    *("causal_lm", "masked_lm", "question_answering", "summarization"),
+    *("text_classification", "token_classification", "translation"),
+]
+RUN_FILES = sorted(
+    [
+        *RECIPES,
+        *("causal_lm_chat", "causal_lm_smollm", "question_answering_squad", "summarization_cnn"),
+        *("text_classification_minilm", "translation_opus"),
+    ]
+)
+
+
 def test_the_shipped_recipes() -> None:
-    assert shipped_recipes() == ["causal_lm"]
+    assert shipped_recipes() == RECIPES
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -58,16 +71,16 @@ def test_a_file_of_the_user_wins_over_a_shipped_one(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("causal_ml", "causal_ml: no such run file; did you mean causal_lm? shipped: causal_lm"),
-        ("mine/causal_lm.yaml", "mine/causal_lm.yaml: no such run file; did you mean causal_lm? shipped: causal_lm"),
-        ("zzz.yaml", "zzz.yaml: no such run file; shipped: causal_lm"),
-        ("causal_lm.yml", "causal_lm.yml: no such run file; did you mean causal_lm? shipped: causal_lm"),
+        ("causal_ml", "causal_ml: no such run file; did you mean causal_lm?"),
+        ("mine/causal_lm.yaml", "mine/causal_lm.yaml: no such run file; did you mean causal_lm?"),
+        ("zzz.yaml", "zzz.yaml: no such run file;"),
+        ("causal_lm.yml", "causal_lm.yml: no such run file; did you mean causal_lm?"),
     ],
 )
 def test_a_run_file_that_is_not_there(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         find_run_file(text)
-    assert str(caught.value) == message
+    assert str(caught.value) == f"{message} shipped: {', '.join(RUN_FILES)}"
 
 
 @pytest.mark.parametrize(
@@ -75,8 +88,8 @@ def test_a_run_file_that_is_not_there(text: str, message: str) -> None:
     [
         (
             "causal_ml",
-            "run.yaml:1: recipe = causal_ml: no such recipe; did you mean causal_lm? shipped: causal_lm; your own is "
-            "named by its path, ./my_recipe.py",
+            "run.yaml:1: recipe = causal_ml: no such recipe; did you mean causal_lm? shipped: "
+            f"{', '.join(RECIPES)}; your own is named by its path, ./my_recipe.py",
         ),
         ("./none.py", "run.yaml:1: recipe = none.py: no such file"),
     ],

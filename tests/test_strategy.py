@@ -12,10 +12,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from launch.assets import shipped_folder
-from launch.config import ParallelSection, load
+from launch.config import load
 from launch.errors import TopologyError
 from launch.plan import decide, make_plan
 from launch.recipe import Preview
+from launch.sections import ParallelSection
 from launch.strategy import Dtypes, Strategy, planned_dtypes, strategy_with_offload
 from launch.topology import Machine, World, read_world
 

@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.config import ParallelSection, load
+from launch.config import load
 from launch.errors import ConfigError
 from launch.plan import Plan, make_plan
 from launch.recipe import Preview
+from launch.sections import ParallelSection
 from launch.strategy import Strategy
 from launch.topology import Machine, World
 from launch.twin import assume, changes, decide_twin, differences, flatten

@@ -6,7 +6,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from launch.config import RunConfig
 from launch.engine.agree import from_main
 from launch.engine.scoring import Score
 from launch.engine.stopping import EarlyStopping, Judgement
@@ -14,6 +13,7 @@ from launch.engine.streams import is_stream
 from launch.errors import ConfigError
 from launch.recipe import Prepared
 from launch.schedule import updates_per_epoch
+from launch.sections import RunConfig
 
 
 class Judge:

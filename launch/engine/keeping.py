@@ -24,7 +24,6 @@ from launch.checkpoints import (
     read_state,
     update_of,
 )
-from launch.config import RunConfig, SaveSection
 from launch.disk import size_in_words
 from launch.engine.agree import Requests, any_rank, from_main, raise_together
 from launch.engine.batching import Position
@@ -39,6 +38,7 @@ from launch.engine.tracking import Tracker
 from launch.errors import ConfigError, DataError, LaunchError, RunFolderError
 from launch.recipe import Prepared
 from launch.resume import harmless_changes
+from launch.sections import RunConfig, SaveSection
 from launch.versions import versions
 
 State = Callable[[], dict[str, Any]]

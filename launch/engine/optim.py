@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from launch.config import TrainSection
+from launch.sections import TrainSection
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

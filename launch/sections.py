@@ -1,0 +1,181 @@
+"""The keys of a run file, by section, every key with the one sentence that documents it everywhere.
+
+Frozen, never mutated. The same descriptions feed `shoal run --help`, the JSON schema and the messages.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+
+class Section(BaseModel):
+    """Frozen, strict (no `"20"` for 20), and closed to unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    file: ClassVar[str] = "a run file"
+    """What messages call a file of these keys."""
+
+
+ABSENT: Any = None
+"""The default of a key that may be left out, but not be null, where only the check of it matters."""
+
+
+class TrainSection(Section):
+    """How the weights are updated."""
+
+    global_batch_size: int = Field(32, ge=1)
+    """Samples in one update, over all processes together; the same for any number of processes."""
+    micro_batch_size: Literal["auto"] | int | None = Field(None)
+    """Samples one process handles at once; null: global_batch_size / processes; auto: as many as fit into memory."""
+    max_steps: int | None = Field(None, ge=1)
+    """Number of optimizer updates; excludes train.epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training data (1 where neither this nor train.max_steps is given)."""
+    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    """How gradients change the weights; adafactor needs whole matrices, which fsdp2 and zero do not keep."""
+    learning_rate: float = Field(3e-4, ge=0)
+    """Peak learning rate, reached at the end of the warm-up."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay (with sgd: an L2 penalty); not applied to biases and normalisation weights."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up; linear and cosine fall towards 0."""
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
+    """Share of all updates spent warming up; excludes train.warmup_steps."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Number of updates spent warming up; excludes train.warmup_ratio."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this global L2 norm; null: never."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the running mean of gradients."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's decay of the running mean of squared gradients."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """AdamW's term against division by zero."""
+    sgd_momentum: float = Field(0.0, ge=0, lt=1)
+    """SGD's decay of the running sum of gradients."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of forward and backward; weights, sums of gradients and optimizer stay in fp32."""
+    activation_checkpointing: bool = False
+    """Compute activations a second time in the backward pass instead of keeping them: less memory, more time."""
+    compile: bool = False
+    """Compile each block of the model with torch.compile; the first updates take longer."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the order of samples, of weights built from scratch and of dropout."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations in a row without a better eval.best_metric; null: never."""
+    early_stopping_min_delta: float = Field(0.0, ge=0)
+    """By how much eval.best_metric must be better to count as better here."""
+
+
+class EvalSection(Section):
+    """When and how the validation data is evaluated; always at the end of training too."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Evaluate after every so many updates; null: not by their number."""
+    every_epochs: int | None = Field(None, ge=1)
+    """Evaluate after every so many passes over the training data; null: not by their number."""
+    best_metric: str = Field("loss", min_length=1)
+    """What tells the best evaluation, for early stopping and save.keep_best: loss, or a metric of the recipe."""
+    best_is: Literal["auto", "lowest", "highest"] = "auto"
+    """Whether the lowest or the highest value is the best; auto: as is usual for this metric."""
+    batch_size: int | None = Field(None, ge=1)
+    """Samples one process evaluates at once; null: the micro-batch size; it never changes the result."""
+    at_start: bool = True
+    """Evaluate before the first update."""
+    max_samples: int | None = Field(None, ge=1)
+    """Evaluate only the first so many validation samples; null: all."""
+
+
+class SaveSection(Section):
+    """What is kept of the model, and of the run to go on from."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Save a checkpoint after every so many updates; null: not by their number."""
+    every_minutes: float | None = Field(30.0, gt=0)
+    """Save a checkpoint when so many minutes have passed since the last one; null: not by time."""
+    keep_last: int | None = Field(2, ge=1)
+    """Keep only the newest so many checkpoints; null: all."""
+    keep_best: int = Field(0, ge=0)
+    """Save whenever eval.best_metric is better than ever before, and keep so many of the best besides."""
+    asynchronous: bool = False
+    """Write checkpoints while training goes on; takes main memory for a copy of weights and optimizer."""
+    export: bool = True
+    """Write and check export/, a plain Hugging Face folder, at the end."""
+
+
+class TrackSection(Section):
+    """What is recorded while training."""
+
+    every_steps: int = Field(1, ge=1)
+    """Write a line to metrics.jsonl after every so many updates."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Send the same numbers to Weights & Biases (needs the extra `shoal[wandb]`)."""
+    project: str = Field("shoal", min_length=1)
+    """Name of the project in Weights & Biases."""
+
+
+class ParallelSection(Section):
+    """Over which devices a run is spread."""
+
+    strategy: Literal[
+        "auto",
+        "single",
+        "ddp",
+        "fsdp2",
+        "fsdp2_offload",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero2_offload",
+        "zero3_offload",
+    ] = "auto"
+    """How weights, gradients and optimizer are spread over processes; auto: single for one, ddp for several."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device; auto: the GPUs of this machine, else its CPU."""
+    devices: Literal["auto"] | int = Field("auto")
+    """Devices per node, one process each; auto: all GPUs, or one process on CPU."""
+    nodes: int = Field(1, ge=1)
+    """Number of machines."""
+    accelerate_config: str | None = None
+    """Your own configuration of `accelerate launch`, checked and taken over; null: none is needed."""
+    deepspeed_config: str | None = None
+    """Your own DeepSpeed JSON, checked, completed from this run file and passed on; null: none is needed."""
+    timeout_seconds: float = Field(1800.0, gt=0)
+    """How long a process waits for the others to join in an exchange before it gives up."""
+    max_restarts: int = Field(0, ge=0)
+    """After a crash, start again from the newest checkpoint, at most so many times without a newer one in between."""
+    data_workers: int = Field(0, ge=0)
+    """Processes per rank and dataset that load and collate (each reads all of a stream); 0: the rank does it itself."""
+
+
+class ClusterSection(Section):
+    """What a SLURM cluster needs to know; no keys yet."""
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    recipe: str = Field(min_length=1)
+    """Name of a shipped recipe, or the path of a recipe module (./my_recipe.py)."""
+    recipe_args: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the recipe lets you set (`shoal recipes show NAME` lists it)."""
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    save: SaveSection = SaveSection()
+    track: TrackSection = TrackSection()
+    parallel: ParallelSection = ParallelSection()
+    cluster: ClusterSection = ClusterSection()
+
+
+EXCLUSIVE = (("train.max_steps", "train.epochs"), ("train.warmup_ratio", "train.warmup_steps"))
+"""Groups of keys of which the one stated later (run file, then command line) replaces the other."""
