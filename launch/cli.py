@@ -17,6 +17,7 @@ from rich.text import Text
 from launch import __version__, local
 from launch.cache import Cache
 from launch.cli_arguments import AsJson, CommandWithKeys, DebugCpu, Out, Overrides, RunFile
+from launch.cli_cluster import cancel_command, logs_command, status_command, submit_command
 from launch.cli_proofs import chaos_command, parity_command
 from launch.cli_recipes import look_at_data, prepare_command, recipes_app, schema_command, tokenize_command
 from launch.cli_results import checkpoints_command, eval_command, export_command, generate_command
@@ -182,6 +183,10 @@ def plan_command(
         print(f"\n{shown}", end="")
 
 
+app.command("submit", cls=CommandWithKeys)(submit_command)
+app.command("status")(status_command)
+app.command("logs")(logs_command)
+app.command("cancel")(cancel_command)
 app.command("prepare", cls=CommandWithKeys)(prepare_command)
 app.command("tokenize")(tokenize_command)
 app.command("parity")(parity_command)

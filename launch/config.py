@@ -55,13 +55,15 @@ class Loaded:
         return replace(self, config=self.config.model_copy(update={"recipe_args": recipe_args}))
 
 
-def load(run_file: Path | None, overrides: list[str]) -> Loaded:
-    """Read a run file, lay the overrides over it, validate.
+def load(run_file: Path | None, overrides: list[str], beneath: Layer | None = None) -> Loaded:
+    """Read a run file, lay the overrides over it and it over what is `beneath`, validate.
 
     Raises:
         ConfigError: one line per problem, with place, key, value, rule and the nearest right key.
     """
     layer = read_run_file(run_file) if run_file else Layer()
+    if beneath:
+        layer = replace(merge(beneath, layer), source=layer.source)
     layer = merge(layer, read_overrides(overrides), EXCLUSIVE)
     refuse_unrecordable(layer)
     config = validate(RunConfig, _with_default_length(layer.values), layer)

@@ -27,6 +27,7 @@ from launch.registry import Recipe, find_run_file, load_recipe
 from launch.render import deepspeed_config
 from launch.schedule import Schedule, total_updates, updates_per_epoch, warmup_updates
 from launch.sections import RunConfig
+from launch.source import Layer
 from launch.strategy import Dtypes, Strategy, planned_dtypes
 from launch.topology import Device, Machine, World, cache_folder, read_machine
 
@@ -122,16 +123,19 @@ def decide(
     world: World,
     machine: Machine | None = None,
     *,
+    beneath: Layer | None = None,
     evaluates: bool = False,
 ) -> Decided:
     """From a run file (or the name of a shipped one) and overrides to a plan for this machine, or for another.
+
+    What is stated `beneath` counts where neither says otherwise.
 
     A plan that only `evaluates` does not mind how the batches of updates divide over processes.
 
     Raises:
         LaunchError: the run cannot be; nothing was started or written.
     """
-    loaded = load(find_run_file(file), overrides)
+    loaded = load(find_run_file(file), overrides, beneath)
     recipe = load_recipe(loaded)
     loaded = loaded.with_recipe_args(recipe.args.model_dump(mode="json"))
     cache = Cache(cache_folder())
@@ -223,7 +227,8 @@ def _processes(loaded: Loaded, machine: Machine, world: World) -> Processes:
     elif parallel.nodes > 1:
         raise TopologyError(
             f"{loaded.place('parallel.nodes')}: parallel.nodes = {parallel.nodes}: `shoal run` starts the processes "
-            "of one machine; for several, run `accelerate launch --num_machines … -m launch.train` on each"
+            "of one machine; for several use `shoal submit` (SLURM), or `accelerate launch --num_machines … -m "
+            "launch.train` on each"
         )
     size = nodes * per_node
     strategy = _strategy(loaded, world, size)

@@ -46,6 +46,8 @@ class Answer:
     rank: int
     world_size: int
     host: str
+    cpus: int
+    """How many CPUs it may use."""
     port: int | None = None
     """On rank 0: where the ranks can meet, a port that it holds."""
 
@@ -83,6 +85,8 @@ class RollCall:
         """Why the ranks cannot meet."""
         self.gone: list[Gone] = []
         """Ranks that have gone after they had met, in order."""
+        self.met: list[Answer] = []
+        """All ranks, once they have met."""
         self._world_size = world_size
         self._token = secrets.token_hex(8)
         bound = LOOPBACK if hosts == [LOOPBACK] else ""
@@ -91,7 +95,6 @@ class RollCall:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._callers: dict[int, _Caller] = {}
-        self._met = False
         self._last_answer: float | None = None
         self._begun = time.monotonic()
         port = self._listener.getsockname()[1]
@@ -111,7 +114,7 @@ class RollCall:
                 self._accept()
             else:
                 self._hear(key.data)
-        if not self._met and self.problem is None:
+        if not self.met and self.problem is None:
             self._conclude()
 
     def _accept(self) -> None:
@@ -164,14 +167,14 @@ class RollCall:
         self._drop(caller)
         if caller.answer is None:
             return
-        if self._met:
+        if self.met:
             self.gone.append(Gone(caller.answer.rank, caller.answer.host, silent))
         elif self._callers.get(caller.answer.rank) is caller:
             del self._callers[caller.answer.rank]
 
     def _conclude(self) -> None:
         if len(self._callers) == self._world_size:
-            self._met = True
+            self.met = [self._answer_of(rank) for rank in range(self._world_size)]
             self._tell({"address": self._meeting_address(), "port": self._answer_of(0).port})
             return
         patience = MISSING_SECONDS if self._last_answer else FIRST_ANSWER_SECONDS
@@ -274,7 +277,7 @@ class Meeting:
         threading.Thread(target=wait, name="roll call", daemon=True).start()
 
 
-def answer(announcement: str, rank: int, world_size: int) -> Meeting:
+def answer(announcement: str, rank: int, world_size: int, cpus: int) -> Meeting:
     """Report to the launcher and wait until all ranks have.
 
     Raises:
@@ -287,7 +290,7 @@ def answer(announcement: str, rank: int, world_size: int) -> Meeting:
         listener.bind(("", 0))
     launcher, host = _reach(rank, places.split(","))
     port = listener.getsockname()[1] if listener else None
-    said = asdict(Answer(rank, world_size, socket.gethostname(), port))
+    said = asdict(Answer(rank, world_size, socket.gethostname(), cpus, port))
     launcher.sendall(json.dumps({"token": token, **said}).encode() + b"\n")
     line = b""
     while not line.endswith(b"\n"):

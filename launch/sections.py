@@ -159,7 +159,48 @@ class ParallelSection(Section):
 
 
 class ClusterSection(Section):
-    """What a SLURM cluster needs to know; no keys yet."""
+    """What a SLURM job asks for, and what this cluster needs; ~/.config/shoal/cluster.yaml states it for all runs."""
+
+    partition: str | None = Field(None, min_length=1)
+    """Partition to submit to; null: the cluster's default."""
+    account: str | None = Field(None, min_length=1)
+    """Account that is charged; null: your default."""
+    qos: str | None = Field(None, min_length=1)
+    """Quality of service; null: the default."""
+    time: str | None = Field(None, pattern=r"^(\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2})$")
+    """Longest time of one job, as SLURM writes it ("04:00:00", "2-12:00:00"); null: the partition's."""
+    cpus_per_process: int | None = Field(None, ge=1)
+    """CPUs for each process; null: one, and one more for each of parallel.data_workers."""
+    memory: str | None = Field(None, pattern=r"^\d+[KMGT]?$")
+    """Memory on each node, such as 64G; "0": all of it; null: what the partition gives."""
+    gpu_type: str | None = Field(None, pattern=r"^[\w.-]+$")
+    """Kind of GPU, as this cluster names it; null: any."""
+    sbatch: tuple[str, ...] = ()
+    """More options of sbatch, such as --constraint=ib."""
+    srun: tuple[str, ...] = ()
+    """More options of srun, such as --container-image=… (Pyxis)."""
+    modules: tuple[str, ...] = ()
+    """Environment modules to load."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Variables to set for the job."""
+    setup: str | None = None
+    """Shell lines to run on the first node before the job begins."""
+    container: tuple[str, ...] = ()
+    """Command in front of each process, such as [apptainer, exec, --nv, image.sif]."""
+    python: str | None = Field(None, min_length=1)
+    """Python that runs the processes, in a container say; null: the one that submits."""
+    scratch: str | None = Field(None, min_length=1)
+    """Folder for prepared data; variables in it, such as $SCRATCH, are those of the job; null: your cache folder."""
+    network_interface: str | None = Field(None, min_length=1)
+    """Network interface by which processes reach each other, such as ib0; null: found out."""
+    launcher: Literal["auto", "srun", "torchrun", "accelerate"] = "auto"
+    """What starts the processes on each node; auto: srun, one task for each process."""
+    notice_seconds: int = Field(180, ge=30)
+    """How long before its time limit a job is told to save a checkpoint and leave."""
+    requeue: bool = True
+    """Whether a job that was preempted or has reached its time limit is queued again, and goes on."""
+    max_fruitless_starts: int = Field(3, ge=1)
+    """After so many starts of a job in a row without a newer checkpoint it is not queued again."""
 
 
 class RunConfig(Section):

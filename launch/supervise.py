@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -76,8 +76,10 @@ class Ending:
     traceback: str = ""
     killed: bool = False
     """Whether a worker was ended by SIGKILL, as the kernel does when memory runs out."""
-    saved: bool = False
-    """Whether the ranks have stopped together, with a checkpoint."""
+    unreachable: bool = False
+    """Whether ranks were lost because their host, or the network, no longer answers."""
+    told: int | None = None
+    """The signal by which the launcher itself was asked to stop."""
 
     @property
     def stopped(self) -> bool:
@@ -100,7 +102,7 @@ def supervise(plan: Plan, folder: Path, start: Start, hosts: list[str], *, resta
     with Signals() as signals:
         while True:
             before = saved_updates(folder)
-            ending = _attempt(plan, folder, start, hosts, signals)
+            ending = replace(_attempt(plan, folder, start, hosts, signals), told=signals.first)
             if ending.exit_code != 1 or signals.first is not None:
                 return ending
             saved = saved_updates(folder)
@@ -113,7 +115,7 @@ def supervise(plan: Plan, folder: Path, start: Start, hosts: list[str], *, resta
             say(f"{_first_line(ending)}; restart {fruitless} of {allowed} from update {saved} in {pause:g} s")
             if not signals.quiet_for(pause):
                 assert signals.first is not None
-                return _stopped(folder, signals.first)
+                return replace(_stopped(folder, signals.first), told=signals.first)
 
 
 def saved_updates(folder: Path) -> int:
@@ -129,7 +131,7 @@ def _crashed(folder: Path, ending: Ending, times: int, saved: int) -> Ending:
         lines.append(f"crashed {times} times after update {saved} without a newer checkpoint")
     if saved:
         lines.append(f"go on from update {saved} with: shoal resume {folder}")
-    return Ending(ending.exit_code, "\n".join(lines), ending.traceback, ending.killed)
+    return replace(ending, message="\n".join(lines))
 
 
 def say(text: str) -> None:
@@ -186,7 +188,7 @@ def _attempt(plan: Plan, folder: Path, start: Start, hosts: list[str], signals: 
     try:
         ranks = start(plan, folder, roll)
         try:
-            _watch(ranks, roll, folder, signals)
+            _watch(ranks, roll, folder, plan.processes.threads, signals)
         finally:
             ranks.end()
     finally:
@@ -195,13 +197,13 @@ def _attempt(plan: Plan, folder: Path, start: Start, hosts: list[str], signals: 
     return _ending(folder, ranks, roll, signals)
 
 
-def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, signals: Signals) -> None:
+def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, threads: int, signals: Signals) -> None:
     """Wait until the workers have left, or must be ended.
 
     Signals are passed on, and ranks may take as long as they need to save; but not where there is nothing to save, or
     where others have left them behind.
     """
-    announced = False
+    announced = compared = False
     alone_since: float | None = None
     while True:
         if roll:
@@ -215,6 +217,9 @@ def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, signals: Signals) 
                 f"stopping: {signal.Signals(signals.first).name} received; the ranks save a checkpoint and leave "
                 "(Ctrl-C again: leave at once, without saving)"
             )
+        if roll and roll.met and not compared:
+            compared = True
+            _compare_cpus(roll, threads)
         if roll and roll.problem and not alone_since:
             roll.refuse()
         alone = ranks.first_failure or _nothing_to_save(folder) or (roll and (roll.problem or _silent(roll)))
@@ -229,6 +234,15 @@ def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, signals: Signals) 
             if time.monotonic() - alone_since > ALONE_SECONDS:
                 return
         time.sleep(POLL_SECONDS)
+
+
+def _compare_cpus(roll: RollCall, threads: int) -> None:
+    """Say where ranks may use fewer CPUs than they were planned to compute with."""
+    few = [answer for answer in roll.met if answer.cpus < threads]
+    if few:
+        shown = ", ".join(f"rank {answer.rank} ({answer.host}) {answer.cpus}" for answer in few[:4])
+        more = f" and {len(few) - 4} more" if len(few) > 4 else ""
+        say(f"fewer CPUs than the {threads} threads that were planned for each rank: {shown}{more}; this will be slow")
 
 
 def _silent(roll: RollCall) -> bool:
@@ -280,7 +294,7 @@ def _stopped(folder: Path, number: int, stopped: dict[str, Any] | None = None) -
         way_on = f"checkpoint {checkpoint}; go on with: shoal resume {folder}"
     else:
         way_on = _way_on(folder)
-    return Ending(exit_code(number), f"stopped by {spoken(number)} {when}; {way_on}", saved=bool(checkpoint))
+    return Ending(exit_code(number), f"stopped by {spoken(number)} {when}; {way_on}")
 
 
 def _way_on(folder: Path) -> str:
@@ -305,7 +319,8 @@ def _failure(folder: Path, failures: list[Any], ranks: Ranks, roll: RollCall | N
             if gone.silent:
                 hosts.setdefault(gone.host, []).append(gone.rank)
         shown = "; ".join(f"{host} (rank {', '.join(map(str, sorted(found)))})" for host, found in hosts.items())
-        return Ending(1, f"no answer from {shown}: the host is down, or the network between; logs: {folder / 'logs'}")
+        message = f"no answer from {shown}: the host is down, or the network between; logs: {folder / 'logs'}"
+        return Ending(1, message, unreachable=True)
     if failures:
         earliest = min(failures, key=lambda failure: failure["time"])
         return Ending(earliest["exit_code"], earliest["message"], earliest["traceback"])

@@ -20,6 +20,7 @@ import psutil
 
 from launch.errors import TopologyError
 from launch.secret import is_secret_value
+from launch.slurm_names import Job, Step, read_job, read_step
 from launch.strategy import ZERO_STRATEGIES, Strategy, strategy_with_offload
 
 Device = Literal["cpu", "cuda", "mps"]
@@ -56,14 +57,20 @@ class World:
     """The DeepSpeed file that `accelerate launch` was given, absolute."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """How `accelerate launch` passes its configuration on."""
+    step: Step | None = None
+    """The place that SLURM has given this process, where srun is what started it."""
 
 
 def read_machine() -> Machine:
     """Look at this host; takes about a millisecond."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     mps = sys.platform == "darwin" and platform.machine() == "arm64"
     gpus = _count_gpus(os.environ)
-    return Machine(socket.gethostname(), cores, gpus, mps, _gpu_name() if gpus else "", _memory_bytes())
+    return Machine(socket.gethostname(), usable_cores(), gpus, mps, _gpu_name() if gpus else "", _memory_bytes())
+
+
+def usable_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpu_name(root: Path = Path("/")) -> str:
@@ -103,21 +110,36 @@ def _count_gpus(environ: Mapping[str, str], root: Path = Path("/")) -> int:
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
-    """Read the variables that torchrun and `accelerate launch` set.
+    """Read the variables that torchrun and `accelerate launch` set; where there are none, those of srun.
 
     Raises:
-        TopologyError: one of them is there without the others, or is not a number.
+        TopologyError: one of them is there without the others, or is not a number; or there is a SLURM job of several
+            tasks around us, and we are none of them.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     variables = {name: environ[name] for name in stray_variables(environ)}
     stated = {name: environ[name] for name in names if environ.get(name)}
     if "RANK" not in stated and "WORLD_SIZE" not in stated:
-        return World(variables=variables)
+        # One process alone that `shoal run` has started, within a job of several tasks say, is no task.
+        step = None if is_supervised(environ) and not roll_call(environ) else read_step(environ)
+        if step is None or step.size == 1:
+            return World(variables=variables)
+        return World(
+            step.rank,
+            step.size,
+            step.local_rank,
+            step.local_size,
+            launched=True,
+            strategy=_configured_strategy(environ),
+            deepspeed_file=_deepspeed_file(environ),
+            variables=variables,
+            step=step,
+        )
     missing = [name for name in names if name not in stated]
     if missing:
         raise TopologyError(
             f"the environment sets {', '.join(stated)} but not {', '.join(missing)}; start the workers with "
-            "`shoal run`, `accelerate launch` or `torchrun`, which set all of them"
+            "`shoal run`, `accelerate launch`, `torchrun` or `srun`, which set all of them"
         )
     if environ.get("LOCAL_WORLD_SIZE"):
         stated["LOCAL_WORLD_SIZE"] = environ["LOCAL_WORLD_SIZE"]
@@ -190,6 +212,12 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "shoal"
 
 
+def config_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where a user's settings for all runs are: `$XDG_CONFIG_HOME/shoal`, else `~/.config/shoal`."""
+    base = environ.get("XDG_CONFIG_HOME")
+    return (Path(base) if base else Path.home() / ".config") / "shoal"
+
+
 def hub_is_off(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the user switched the Hugging Face Hub off (HF_HUB_OFFLINE)."""
     return environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
@@ -226,6 +254,29 @@ def roll_call(environ: Mapping[str, str] = os.environ) -> str | None:
 ANNOUNCED = "SHOAL_ROLL_CALL"
 
 
+def read_slurm_job(environ: Mapping[str, str] = os.environ) -> Job | None:
+    """The SLURM job we are in; None outside of one."""
+    return read_job(environ)
+
+
+def enter_step(world: World, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tell torch which task of srun we are, and where the ranks meet unless the user has said so; else do nothing."""
+    if world.step is None:
+        return
+    environ.update(_places(world))
+    environ.setdefault("MASTER_ADDR", world.step.address)
+    environ.setdefault("MASTER_PORT", str(world.step.port))
+
+
+def _places(world: World) -> dict[str, str]:
+    return {
+        "RANK": str(world.rank),
+        "WORLD_SIZE": str(world.size),
+        "LOCAL_RANK": str(world.local_rank),
+        "LOCAL_WORLD_SIZE": str(world.local_size),
+    }
+
+
 def enter_world(
     world: World, address: str, port: int, interface: str | None, environ: MutableMapping[str, str] = os.environ
 ) -> None:
@@ -236,10 +287,7 @@ def enter_world(
     """
     environ.update(
         {
-            "RANK": str(world.rank),
-            "WORLD_SIZE": str(world.size),
-            "LOCAL_RANK": str(world.local_rank),
-            "LOCAL_WORLD_SIZE": str(world.local_size),
+            **_places(world),
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 connects too (torch, distributed/rendezvous.py)

@@ -49,7 +49,16 @@ from launch.record import (
 from launch.registry import Recipe, recipe_of
 from launch.rollcall import Meeting, answer
 from launch.stop import STOPPED, StopRequest, StopSignal, exit_code, ignore_signals, spoken, write_stopped
-from launch.topology import World, enter_world, is_supervised, read_world, roll_call, worker_environment
+from launch.topology import (
+    World,
+    enter_step,
+    enter_world,
+    is_supervised,
+    read_world,
+    roll_call,
+    usable_cores,
+    worker_environment,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,6 +76,7 @@ def main() -> None:
     world, start = World(), None
     try:
         world = read_world()  # once: Accelerate changes the environment later on
+        enter_step(world)
         start = begin(arguments, world)
         if start is None:
             return
@@ -195,7 +205,7 @@ def _meet(announced: str, world: World) -> Meeting:
     Raises:
         TopologyError: it cannot be reached, or not all ranks have come.
     """
-    meeting = answer(announced, world.rank, world.size)
+    meeting = answer(announced, world.rank, world.size, usable_cores())
     enter_world(world, meeting.address, meeting.port, meeting.interface)
 
     def cut_off() -> None:

@@ -42,7 +42,7 @@ def until(roll: RollCall, what: Callable[[], object], seconds: float = 10) -> No
 def meet(roll: RollCall, *ranks: tuple[int, int]) -> list[Future[Meeting]]:
     """Have ranks `(rank, world size)` answer, each in a thread."""
     pool = ThreadPoolExecutor(len(ranks))
-    return [pool.submit(answer, roll.announcement, rank, size) for rank, size in ranks]
+    return [pool.submit(answer, roll.announcement, rank, size, 2) for rank, size in ranks]
 
 
 def test_all_ranks_meet_at_a_port_that_rank_0_holds(call: Callable[[int], RollCall]) -> None:
@@ -58,6 +58,7 @@ def test_all_ranks_meet_at_a_port_that_rank_0_holds(call: Callable[[int], RollCa
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("", port))
     assert roll.problem is None
+    assert [(each.rank, each.cpus) for each in roll.met] == [(0, 2), (1, 2), (2, 2)]
 
 
 def test_nobody_meets_before_all_have_come(call: Callable[[int], RollCall]) -> None:
@@ -134,7 +135,7 @@ def test_a_launcher_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> N
         free.bind((LOOPBACK, 0))
         place = f"{LOOPBACK}:{free.getsockname()[1]}"
         with pytest.raises(TopologyError) as caught:
-            answer(f"token@no-such-host.invalid:1,{place}", 1, 2)
+            answer(f"token@no-such-host.invalid:1,{place}", 1, 2, 2)
     message = str(caught.value)
     assert message.startswith(f"rank 1 ({HERE}): cannot reach the launcher: no-such-host.invalid:1: ")
     assert f"; {place}: Connection refused; " in message
@@ -145,7 +146,7 @@ def test_a_place_that_answers_is_taken_where_the_first_does_not(call: Callable[[
     roll = call(1)
     token, _, place = roll.announcement.partition("@")
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(answer, f"{token}@no-such-host.invalid:1,{place}", 0, 1)
+        found = pool.submit(answer, f"{token}@no-such-host.invalid:1,{place}", 0, 1, 2)
         until(roll, found.done)
     assert found.result().host == LOOPBACK
 
@@ -171,7 +172,9 @@ def test_a_rank_that_goes_before_they_meet_may_come_again(call: Callable[[int], 
     token, _, place = roll.announcement.partition("@")
     address, port = place.split(":")
     with socket.create_connection((address, int(port))) as first:
-        first.sendall(json.dumps({"token": token, "rank": 1, "world_size": 2, "host": HERE}).encode() + b"\n")
+        first.sendall(
+            json.dumps({"token": token, "rank": 1, "world_size": 2, "host": HERE, "cpus": 2}).encode() + b"\n"
+        )
         until(roll, lambda: roll._callers)
     until(roll, lambda: not roll._callers)
     found = meet(roll, (0, 2), (1, 2))

@@ -49,7 +49,7 @@ def test_the_world_of_a_launcher(environ: dict[str, str], world: World) -> None:
     assert read_world(environ) == world
 
 
-HOW = "start the workers with `shoal run`, `accelerate launch` or `torchrun`, which set all of them"
+HOW = "start the workers with `shoal run`, `accelerate launch`, `torchrun` or `srun`, which set all of them"
 
 
 @pytest.mark.parametrize(

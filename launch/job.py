@@ -1,0 +1,280 @@
+"""Carries a plan out within a SLURM job: starts the ranks by srun, sees them through, and has the job queued again.
+
+python -m launch.job RUN_FOLDER     what a batch script runs, on the first node of its job
+python -m launch.job FILE [key=value …]     the same, with a plan made of the job's own nodes and tasks
+
+When a job leaves: a signal from `sbatch --signal=B:` (its time is nearly up) is passed on to the ranks, which save and
+leave. SIGTERM means that somebody wants the job to end (scancel, scontrol requeue): what SLURM does then is not ours.
+Preemption tells the ranks alone, not the batch script: they save and leave, and we have the job queued again.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from launch import slurm
+from launch.errors import ConfigError, LaunchError, RunFolderError, TopologyError
+from launch.plan import Plan, decide
+from launch.printing import complain
+from launch.record import (
+    changed_settings,
+    create_run_folder,
+    held,
+    is_finished,
+    is_run_folder,
+    read_json,
+    read_plan,
+    write_json,
+)
+from launch.registry import find_run_file
+from launch.rollcall import RollCall, hosts_of_this_machine
+from launch.sbatch import step_command, step_environment
+from launch.slurm_names import Job
+from launch.supervise import POLL_SECONDS, End, Ending, saved_updates, say, supervise
+from launch.topology import ANNOUNCED, Machine, World, read_slurm_job, worker_environment
+
+GRACE_SECONDS = 10.0
+"""How long tasks may take to leave before they are killed."""
+
+STARTS = "slurm.json"
+"""The jobs of a run and their starts, in its folder."""
+
+
+def main() -> None:
+    """Carry out the run in a folder; end with its exit code, or with 0 once the job is queued again."""
+    try:
+        job = read_slurm_job()
+        if job is None:
+            raise TopologyError("this is no SLURM job; submit one with `shoal submit`, or with slurm/train.sbatch")
+        sys.exit(carry_out(_folder(sys.argv[1:], job), job))
+    except LaunchError as error:
+        complain(str(error))
+        sys.exit(error.exit_code)
+
+
+def _folder(arguments: list[str], job: Job) -> Path:
+    """The run folder: the one that is given, one of a sweep, or one made for this job and found again by its starts."""
+    if not arguments:
+        raise ConfigError("launch.job needs a run folder, or a run file with overrides")
+    given = Path(arguments[0])
+    if not given.is_dir():
+        return _planned_here(arguments[0], arguments[1:], job)
+    if len(arguments) > 1:
+        raise ConfigError(f"{given}: a run folder is decided; overrides go with a run file")
+    folder = given / f"{job.index:03d}" if job.index is not None and not is_run_folder(given) else given
+    if not is_run_folder(folder):
+        raise RunFolderError(f"{folder}: is not a run folder (no plan.json in it)")
+    return folder
+
+
+def _planned_here(file: str, overrides: list[str], job: Job) -> Path:
+    """Plan a run file for the nodes and tasks of this job."""
+    per_node = job.tasks_per_node or 1
+    machine = Machine(job.node, job.cpus_per_task * per_node, job.gpus)
+    stem = Path(find_run_file(file)).stem
+    folder = Path("runs") / (f"{stem}-{job.id}" if job.index is None else f"{stem}-{job.id}-{job.index:03d}")
+    world = World(size=job.nodes * per_node, local_size=per_node, launched=True)
+    plan = decide(file, overrides, folder, world, machine).plan
+    refuse_candidates(plan)
+    if plan.processes.device == "cuda" and job.gpus != per_node:
+        raise TopologyError(
+            f"{job.node}: job {job.id} has {job.gpus} GPUs on this node, but {per_node} tasks: each process is a task "
+            f"of its own; submit it with --ntasks-per-node={job.gpus}"
+        )
+    if is_run_folder(folder):
+        changed_settings(plan)
+    else:
+        create_run_folder(plan)
+    return folder.absolute()
+
+
+def carry_out(folder: Path, job: Job) -> int:
+    """Start the ranks, wait, and decide what becomes of the job; the exit code of this process."""
+    if is_finished(folder):
+        complain(f"{folder}: this run is finished already")
+        return 0
+    plan = read_plan(folder)
+    _check(plan, job)
+    if not slurm.is_there("srun"):
+        raise TopologyError(f"{job.node}: there is no `srun` on the PATH of this job: the ranks cannot be started")
+    with held(folder):
+        _refuse_fruitless(plan, folder, job)
+        if not slurm.is_there("scontrol"):
+            say(f"{job.node}: there is no `scontrol` on the PATH of this job: it cannot be queued again by itself")
+        say(
+            f"job {job.id}, start {job.restarts + 1}: {plan.processes.nodes} nodes × {plan.processes.per_node} "
+            f"processes, strategy {plan.processes.strategy}"
+        )
+        hosts = hosts_of_this_machine(plan.config.cluster.network_interface)
+        ending = supervise(plan, folder, StepRanks, hosts)
+    return _conclude(plan, folder, job, ending)
+
+
+def _check(plan: Plan, job: Job) -> None:
+    """See that the job is the one that was planned."""
+    processes = plan.processes
+    if job.nodes != processes.nodes or job.tasks_per_node not in (None, processes.per_node):
+        raise TopologyError(
+            f"{job.node}: job {job.id} has {job.nodes} nodes with {job.tasks_per_node} tasks each, but "
+            f"{plan.run_folder}/plan.json was made for {processes.nodes} nodes with {processes.per_node}; submit it "
+            "with `shoal submit`, which asks for what was planned"
+        )
+    if processes.device == "cuda" and job.gpus < processes.per_node:
+        raise TopologyError(
+            f"{job.node}: job {job.id} has {job.gpus} GPUs on this node, but {plan.run_folder}/plan.json was made for "
+            f"{processes.per_node}"
+        )
+
+
+# --- starts and ends of the job --------------------------------------------------------------------------
+
+
+def _refuse_fruitless(plan: Plan, folder: Path, job: Job) -> None:
+    """Write down this start; refuse it where those before have brought nothing.
+
+    Raises:
+        TopologyError: as many in a row as are allowed have brought no newer checkpoint.
+    """
+    saved, limit = saved_updates(folder), plan.config.cluster.max_fruitless_starts
+    starts = read_json(folder / STARTS) or []
+    before = [start["saved"] for start in starts if start["job"] == job.id]
+    if len(before) >= limit and set(before[-limit:]) == {saved}:
+        raise TopologyError(
+            f"job {job.id} has been started {limit} times in a row without a checkpoint newer than update {saved}: it "
+            "is not started again; give it more cluster.time, or save more often (save.every_steps, save.every_minutes)"
+        )
+    start = {"job": job.id, "restarts": job.restarts, "saved": saved, "node": job.node, "time": time.time()}
+    write_json(folder / STARTS, [*starts, start])
+
+
+def _conclude(plan: Plan, folder: Path, job: Job, ending: Ending) -> int:
+    """Say how it ended, and have the job queued again where it was stopped before its end."""
+    if ending.exit_code == 0:
+        print(read_json(folder / "result.json")["summary"], flush=True)
+        return 0
+    if ending.traceback:
+        print(ending.traceback, file=sys.stderr)
+    complain(ending.message)
+    interrupted = ending.stopped or ending.unreachable
+    if not interrupted or ending.told in (signal.SIGTERM, signal.SIGINT):
+        return ending.exit_code
+    if not plan.config.cluster.requeue:
+        complain("cluster.requeue = false: the job is not queued again")
+        return ending.exit_code
+    if problem := slurm.requeue(job.id):
+        complain(f"the job is not queued again: {problem}; submit it again with: shoal submit {folder}")
+        return ending.exit_code
+    complain(f"job {job.id} is queued again")
+    return 0
+
+
+# --- the ranks, as tasks of srun -------------------------------------------------------------------------
+
+
+class StepRanks:
+    """Ranks that srun has started, on all nodes of the job; srun stands for them all."""
+
+    def __init__(self, plan: Plan, folder: Path, roll: RollCall | None) -> None:
+        self.first_failure: End | None = None
+        self.killed: End | None = None
+        self._told = False
+        self._log = folder / "logs" / "launcher.log"
+        environment = step_environment(plan)
+        if roll:
+            environment[ANNOUNCED] = roll.announcement
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                step_command(plan, (socket.gethostname(), _free_port())),
+                env=worker_environment(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=_stderr(),
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def look(self) -> None:
+        """Notice that they have gone, or that one has failed."""
+        code = self._process.poll()
+        if self.first_failure is None or code is not None:
+            said = self._log.read_text(encoding="utf-8", errors="replace")
+            self.first_failure = self.first_failure or first_failure(said)
+            self.killed = self.killed or killed(said)
+        if code and self.first_failure is None:
+            self.first_failure = End(code)
+
+    @property
+    def left(self) -> int:
+        """Whether srun waits for any."""
+        return int(self._process.poll() is None)
+
+    def tell(self, number: int) -> None:
+        """Send a signal to every rank, by srun, which passes it on."""
+        if not self._told:
+            self._told = True
+            self._process.send_signal(number)
+
+    def end(self) -> None:
+        """See that nothing is left."""
+        self.look()
+        if self._process.poll() is None:
+            self._process.terminate()
+            until = time.monotonic() + GRACE_SECONDS
+            while self._process.poll() is None and time.monotonic() < until:
+                time.sleep(POLL_SECONDS)
+            job = read_slurm_job()
+            assert job is not None, "we are in a job"
+            slurm.end_steps(job.id)
+        self._process.wait()
+
+
+def refuse_candidates(plan: Plan) -> None:
+    """See that the micro-batch size is known.
+
+    Raises:
+        ConfigError: it would have to be tried first.
+    """
+    if plan.batch.candidates:
+        raise ConfigError(
+            "train.micro_batch_size = auto: no size is known yet for this model, length and device; run it once on one "
+            "such machine with `shoal run`, or state a number"
+        )
+
+
+_EXITED = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (?:Exited with exit code (\d+)|(\w[\w ]*))", re.MULTILINE)
+
+
+def first_failure(said: str) -> End | None:
+    """The first task that srun reports to have failed."""
+    for host, tasks, code, how in _EXITED.findall(said):
+        rank = int(re.split(r"[,-]", tasks)[0])
+        if code:
+            return End(int(code), rank, host)
+        return End(-signal.SIGKILL if how.startswith("Killed") else -signal.SIGTERM, rank, host)
+    return None
+
+
+def killed(said: str) -> End | None:
+    """The first task that srun reports to have been killed while no other had failed."""
+    failure = first_failure(said)
+    return failure if failure and failure.code == -signal.SIGKILL else None
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def _stderr() -> IO[str]:
+    return sys.stderr
+
+
+if __name__ == "__main__":
+    main()
