@@ -31,7 +31,8 @@ PACKAGES = {
     **dict.fromkeys(CLIENTS, "slurm-wlm"),
     "munged": "munge",
     "ip": "iproute2",
-    **dict.fromkeys(("mount", "unshare", "nsenter", "setpriv"), "util-linux"),
+    "mount": "mount",
+    **dict.fromkeys(("unshare", "nsenter", "setpriv"), "util-linux"),
 }
 PREFIX = "shoal-slurm-"
 _numbers = itertools.count()
@@ -60,7 +61,8 @@ class Cluster:
         cpus: of each node. More than there are can be claimed, but then no task is bound to its own.
         gpus: of each node, fake.
         kill_wait: seconds between SIGTERM and SIGKILL for a job that is cancelled.
-        grace: seconds between SIGTERM and the requeueing of a job that is preempted.
+        grace: seconds that a job which is preempted has before it is requeued. In them only its steps are told, by
+            SIGTERM; SLURM looks every half minute whether they are over. With 0, its default, a job is requeued at once.
         affinity: claim only the CPUs that are there, and bind tasks to them.
     """
 
@@ -71,11 +73,10 @@ class Cluster:
         cpus: int = 8,
         gpus: int = 4,
         kill_wait: int = 5,
-        grace: int = 5,
+        grace: int = 0,
         affinity: bool = False,
     ) -> None:
         self.names = tuple(f"n{number + 1}" for number in range(nodes))
-        # Not `affinity`: see the class.
         self.cpus = len(os.sched_getaffinity(0)) if affinity else cpus
         self.gpus, self.kill_wait, self.grace, self.affinity = gpus, kill_wait, grace, affinity
         # The name says whose it is, so that what a killed run has left can be told from what is in use.
@@ -237,7 +238,10 @@ class Cluster:
         key = self.folder / "munge/key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
-        hosts = {"localhost": "127.0.0.1", **{host.name: host.address for host in (self._control, *self._nodes.values())}}
+        hosts = {
+            "localhost": "127.0.0.1",
+            **{host.name: host.address for host in (self._control, *self._nodes.values())},
+        }
         (self.folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in hosts.items()))
         devices = [self.folder / f"devices/gpu{number}" for number in range(self.gpus)]
         for device in devices:
