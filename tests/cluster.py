@@ -41,7 +41,7 @@ _numbers = itertools.count()
 def missing() -> str:
     """What this machine lacks for a cluster; empty if nothing."""
     if os.geteuid() != 0:
-        return "needs root"
+        return "not root"
     if lacking := {package for program, package in PACKAGES.items() if not shutil.which(program, path=PATH)}:
         return f"not installed: {', '.join(sorted(lacking))}"
     probe = ["ip", "link", "add", "type", "veth"]
@@ -61,8 +61,9 @@ class Cluster:
         cpus: of each node. More than there are can be claimed, but then no task is bound to its own.
         gpus: of each node, fake.
         kill_wait: seconds between SIGTERM and SIGKILL for a job that is cancelled.
-        grace: seconds that a job which is preempted has before it is requeued. In them only its steps are told, by
-            SIGTERM; SLURM looks every half minute whether they are over. With 0, its default, a job is requeued at once.
+        grace: seconds that a preempted job has before it is requeued. In them only its steps are told, by SIGTERM;
+            SLURM looks every half minute whether they are over. With 0, its own default, it requeues at once.
+        node_timeout: seconds until a node that does not answer is given up, and twice that if it is short.
         affinity: claim only the CPUs that are there, and bind tasks to them.
     """
 
@@ -74,11 +75,13 @@ class Cluster:
         gpus: int = 4,
         kill_wait: int = 5,
         grace: int = 0,
+        node_timeout: int = 20,
         affinity: bool = False,
     ) -> None:
         self.names = tuple(f"n{number + 1}" for number in range(nodes))
         self.cpus = len(os.sched_getaffinity(0)) if affinity else cpus
         self.gpus, self.kill_wait, self.grace, self.affinity = gpus, kill_wait, grace, affinity
+        self.node_timeout = node_timeout
         # The name says whose it is, so that what a killed run has left can be told from what is in use.
         identity = f"{PREFIX}{os.getpid()}-{_started(os.getpid())}-{next(_numbers)}"
         self.folder = Path(tempfile.gettempdir(), identity)
@@ -147,7 +150,7 @@ class Cluster:
         )
 
     def crash(self, node: str) -> None:
-        """Cut the power of a node. It is found out after SlurmdTimeout, 20 s, or when it boots."""
+        """Cut the power of a node."""
         self._nodes[node].kill()
 
     def boot(self, node: str) -> None:
@@ -291,7 +294,7 @@ MinJobAge=86400
 InactiveLimit=0
 WaitTime=0
 SlurmctldTimeout=20
-SlurmdTimeout=20
+SlurmdTimeout={self.node_timeout}
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,bf_yield_sleep=1
 PreemptType=preempt/partition_prio

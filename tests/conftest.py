@@ -11,19 +11,27 @@ from tests.cluster import Cluster, missing
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """Two nodes, started for the first test that asks. Every test finds them idle."""
+def slurm() -> None:
+    """Skips where no cluster can be started; fails if SHOAL_SLURM=required says that one must."""
     if lacking := missing():
         reason = f"no SLURM cluster here: {lacking}"
         if os.environ.get("SHOAL_SLURM") == "required":
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster(slurm: None) -> Iterator[Cluster]:
+    """Two nodes, started for the first test that asks. Every test finds them idle."""
     with Cluster() as cluster:
         yield cluster
 
 
 @pytest.fixture(autouse=True)
-def _settle_the_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+def _slurm_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Marked tests need SLURM, also those with a cluster of their own; the shared one is left as it was found."""
+    if request.node.get_closest_marker("slurm"):
+        request.getfixturevalue("slurm")
     shared = request.getfixturevalue("cluster") if "cluster" in request.fixturenames else None
     yield
     if shared:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
@@ -97,16 +97,14 @@ class Host:
     def _plug_in(self) -> None:
         """Its network interface and the cable to the switch."""
         assert self._process
-        if not self._switch:
-            port = "eth0"
-            self.ip("link add eth0 type bridge")
-        else:
-            port = "eth0"
+        if self._switch:
             # A booted host keeps its hardware address, else the others would look for the old one for seconds.
             hardware = f"02:00:{':'.join(f'{int(part):02x}' for part in self.address.split('.'))}"
             cable = f"link add v{self.name} type veth peer name eth0 address {hardware} netns {self._process.pid}"
             self._switch.ip(cable, f"link set v{self.name} master eth0 up")
-        self.ip("link set lo up", f"addr add {self.address}/24 dev {port}", f"link set {port} up")
+        else:
+            self.ip("link add eth0 type bridge")
+        self.ip("link set lo up", f"addr add {self.address}/24 dev eth0", "link set eth0 up")
 
     def _first(self) -> int:
         """The process that is number 1 inside; 0 if it has none."""
@@ -117,9 +115,8 @@ class Host:
         return 0
 
 
-def wait(what: object, complaint: str, seconds: float = 20) -> None:
+def wait(what: Callable[[], object], complaint: str, seconds: float = 20) -> None:
     """Wait until `what()` is true."""
-    assert callable(what)
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, complaint

@@ -1,7 +1,7 @@
 """A task of a SLURM job that only writes down what happens to it: in a file of its own, one line per signal.
 
 `python stand_in_task.py FOLDER [stays | EXIT_CODE]`: a file in FOLDER per task and attempt. A task ends on SIGTERM and
-SIGUSR1, unless it stays. Once all tasks are there, the last one ends with EXIT_CODE, or by that signal if it is negative.
+SIGUSR1, unless it stays. Once all tasks are there, the last one ends with EXIT_CODE; if it is negative, by that signal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main(folder: Path, then: str) -> None:
     attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
     file = folder / f"attempt-{attempt}-task-{rank}"
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _: FrameType | None) -> None:
         with file.open("a") as output:
             output.write(f"{signal.Signals(number).name}\n")
         if then != "stays":
