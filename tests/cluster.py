@@ -63,7 +63,7 @@ class Cluster:
         kill_wait: seconds between SIGTERM and SIGKILL for a job that is cancelled.
         grace: seconds that a preempted job has before it is requeued. In them only its steps are told, by SIGTERM;
             SLURM looks every half minute whether they are over. With 0, its own default, it requeues at once.
-        node_timeout: seconds until a node that does not answer is given up, and twice that if it is short.
+        node_timeout: SlurmdTimeout, in seconds; a crash is found out some ten seconds later.
         affinity: claim only the CPUs that are there, and bind tasks to them.
     """
 

@@ -21,8 +21,9 @@ def slurm() -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster(slurm: None) -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """Two nodes, started for the first test that asks. Every test finds them idle."""
+    request.getfixturevalue("slurm")
     with Cluster() as cluster:
         yield cluster
 
