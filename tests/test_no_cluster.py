@@ -1,0 +1,54 @@
+"""Where no SLURM cluster can be started its tests are skipped, in one line; where they must run, they fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.cluster import missing
+from tests.commands import ROOT
+
+
+@pytest.mark.parametrize(("wish", "code", "outcome"), [("", 0, "2 skipped"), ("required", 1, "2 errors")])
+def test_without_root(wish: str, code: int, outcome: str) -> None:
+    tests = ("test_nodes_are_hosts_of_their_own", "test_tasks_are_bound_to_their_cpus")
+    arguments = ["-q", *(f"tests/test_cluster.py::{test}" for test in tests)]
+    script = f"import os, pytest; os.geteuid = lambda: 1000; raise SystemExit(pytest.main({arguments}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "SHOAL_SLURM": wish},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout
+    assert outcome in done.stdout.splitlines()[-1]
+    assert "no SLURM cluster here: not root" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("programs", "complaint"),
+    [
+        ({"slurmctld", "slurmd", "srun"}, "not installed: slurm-wlm"),
+        ({"munged", "ip"}, "not installed: iproute2, munge"),
+    ],
+)
+def test_packages_that_are_missing(programs: set[str], complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda program, path: None if program in programs else f"{path}/{program}")
+    assert missing() == complaint
+
+
+def test_namespaces_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "unshare: Operation not permitted\n")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda program, path: f"{path}/{program}")
+    monkeypatch.setattr(subprocess, "run", refuse)
+    assert missing() == "no namespaces: unshare: Operation not permitted"
