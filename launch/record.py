@@ -173,7 +173,8 @@ def read_plan(folder: Path) -> Plan:
     """
     path = folder / "plan.json"
     try:
-        return Plan.model_validate(json.loads(path.read_text(encoding="utf-8"))["plan"])
+        content = json.loads(path.read_text(encoding="utf-8"))["plan"]
+        return Plan.model_validate_json(json.dumps(content))  # from JSON, strict mode takes a list for a tuple
     except FileNotFoundError:
         raise RunFolderError(f"{folder}: is not a run folder (no plan.json in it)") from None
     except (OSError, ValueError, KeyError) as error:
