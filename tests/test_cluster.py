@@ -200,7 +200,7 @@ def test_a_node_that_crashes_costs_an_attempt(tmp_path: Path) -> None:
         until_tasks_run(tmp_path)
         own.crash("n2")
         assert own.wait_for(job, "PENDING", timeout=60)["Restarts"] == "1"
-        assert "srun: error: Node failure on n2" in errors(tmp_path)
+        hosts.wait(lambda: "srun: error: Node failure on n2" in errors(tmp_path), "srun does not tell", 5)
         own.boot("n2")
         own.wait_for_nodes("idle")
         own.speed_up_requeue(job)
