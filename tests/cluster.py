@@ -24,7 +24,7 @@ import psutil
 
 from tests.hosts import PATH, Host, sweep, wait
 
-CLIENTS = ("sbatch", "srun", "salloc", "squeue", "scontrol", "scancel", "sacct", "sinfo")
+CLIENTS = ("sbatch", "srun", "salloc", "squeue", "scontrol", "scancel", "sacct", "sdiag", "sinfo")
 PACKAGES = {
     "slurmctld": "slurm-wlm",
     "slurmd": "slurm-wlm",
@@ -196,8 +196,13 @@ class Cluster:
             raise AssertionError(message) from None
 
     def speed_up_requeue(self, job: str) -> None:
-        """Start a requeued job now: SLURM holds it for two minutes, lest the last attempt still runs somewhere."""
+        """Start a requeued job now: SLURM holds it for two minutes, lest the last attempt still runs somewhere.
+
+        Or lest a node that was off is still to be told to end the last attempt, and ends this one.
+        """
         self.wait_for(job, "PENDING")
+        told = r"Agent queue size:\s+0\s+Agent count:\s+0\s"
+        wait(lambda: re.search(told, self._said("sdiag")), f"slurmctld still sends messages\n{self.logs()}", 40)
         self._said("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def settle(self) -> None:

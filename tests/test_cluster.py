@@ -200,7 +200,7 @@ def test_a_node_that_crashes_costs_an_attempt(tmp_path: Path) -> None:
         until_tasks_run(tmp_path)
         own.crash("n2")
         assert own.wait_for(job, "PENDING", timeout=60)["Restarts"] == "1"
-        assert "srun: error: Node failure on n2" in errors(tmp_path)
+        hosts.wait(lambda: "srun: error: Node failure on n2" in errors(tmp_path), "srun does not tell", 5)
         own.boot("n2")
         own.wait_for_nodes("idle")
         own.speed_up_requeue(job)
@@ -251,15 +251,16 @@ def network_namespaces() -> set[int]:
 
 
 def test_nothing_is_left_of_a_cluster_with_jobs(tmp_path: Path) -> None:
-    before = network_namespaces()
+    which = ("stat", "--dereference", "--format=%i", "/proc/self/ns/net")
     with Cluster(nodes=1) as own:
         submit(own, tmp_path, f"trap '' TERM; srun {sys.executable} {TASK} {tmp_path}")
         until_tasks_run(tmp_path, number=1)
         client = subprocess.Popen(["srun", "-c2", "sleep", "60"], env={**os.environ, **own.environment()})
         hosts.wait(lambda: len([job for job in own.jobs() if job["JobState"] == "RUNNING"]) == 2, "two jobs run")
-        assert len(traces(own.folder)) >= 3 and len(network_namespaces() - before) == 2
+        networks = {int(own.run(*which, node=node).stdout) for node in (None, "n1")}
+        assert len(traces(own.folder)) >= 3 and len(networks) == 2 and networks <= network_namespaces()
     assert client.wait(timeout=5) == -signal.SIGKILL
-    assert traces(own.folder) == [] and network_namespaces() <= before
+    assert traces(own.folder) == [] and not networks & network_namespaces()
 
 
 def test_nothing_is_left_of_one_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
