@@ -214,11 +214,15 @@ class StepRanks:
         """Whether srun waits for any."""
         return int(self._process.poll() is None)
 
-    def tell(self, number: int) -> None:
-        """Send a signal to every rank, by srun, which passes it on."""
+    def tell(self, number: int) -> None:  # noqa: ARG002
+        """Ask every rank to stop, once.
+
+        srun passes SIGUSR1 on to all tasks; of SIGTERM and SIGHUP it kills them at once, and SIGINT it keeps to itself
+        (SLURM 22.05). To the ranks all of these mean the same.
+        """
         if not self._told:
             self._told = True
-            self._process.send_signal(number)
+            self._process.send_signal(signal.SIGUSR1)
 
     def end(self) -> None:
         """See that nothing is left."""
