@@ -37,7 +37,8 @@ from launch.registry import find_run_file
 from launch.rollcall import RollCall, hosts_of_this_machine
 from launch.sbatch import step_command, step_environment
 from launch.slurm_names import Job
-from launch.supervise import POLL_SECONDS, End, Ending, saved_updates, say, supervise
+from launch.supervise import POLL_SECONDS, End, Ending, Place, saved_updates, say, supervise
+from launch.sweep import SWEEP, write_comparison
 from launch.topology import ANNOUNCED, Machine, World, read_slurm_job, worker_environment
 
 GRACE_SECONDS = 10.0
@@ -112,8 +113,8 @@ def carry_out(folder: Path, job: Job) -> int:
             f"job {job.id}, start {job.restarts + 1}: {plan.processes.nodes} nodes × {plan.processes.per_node} "
             f"processes, strategy {plan.processes.strategy}"
         )
-        hosts = hosts_of_this_machine(plan.config.cluster.network_interface)
-        ending = supervise(plan, folder, StepRanks, hosts)
+        place = Place(hosts_of_this_machine(plan.config.cluster.network_interface), [*job.names])
+        ending = supervise(plan, folder, StepRanks, place)
     return _conclude(plan, folder, job, ending)
 
 
@@ -158,6 +159,8 @@ def _conclude(plan: Plan, folder: Path, job: Job, ending: Ending) -> int:
     """Say how it ended, and have the job queued again where it was stopped before its end."""
     if ending.exit_code == 0:
         print(read_json(folder / "result.json")["summary"], flush=True)
+        if job.index is not None and (folder.parent / SWEEP).is_file():
+            write_comparison(folder.parent)
         return 0
     if ending.traceback:
         print(ending.traceback, file=sys.stderr)

@@ -15,7 +15,7 @@ import psutil
 from launch.plan import Plan
 from launch.processes import alive, die_with_parent, session_of
 from launch.rollcall import LOOPBACK, RollCall
-from launch.supervise import POLL_SECONDS, End, Ending, supervise
+from launch.supervise import POLL_SECONDS, End, Ending, Place, supervise
 from launch.topology import ANNOUNCED, worker_environment
 
 GRACE_SECONDS = 10.0
@@ -27,7 +27,7 @@ def run(plan: Plan, folder: Path, *, restarts: bool = True) -> Ending:
 
     Their progress appears on our stderr. Library noise and tracebacks go to logs/, complete.
     """
-    return supervise(plan, folder, start, [LOOPBACK], restarts=restarts)
+    return supervise(plan, folder, start, Place([LOOPBACK]), restarts=restarts)
 
 
 def start(plan: Plan, folder: Path, roll: RollCall | None, first_rank: int = 0) -> LocalRanks:

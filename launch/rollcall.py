@@ -77,17 +77,18 @@ class _Caller:
 class RollCall:
     """Calls the roll of `world_size` ranks; `look` does what is to do and never waits.
 
-    `hosts` are the names and addresses to announce; the loopback alone where all ranks are on this host.
+    `hosts` are the names and addresses to announce; the loopback alone where all ranks are on this host. `nodes` are
+    the names of those on which the ranks are expected, the same number on each.
     """
 
-    def __init__(self, world_size: int, hosts: list[str]) -> None:
+    def __init__(self, world_size: int, hosts: list[str], nodes: list[str] | None = None) -> None:
         self.problem: str | None = None
         """Why the ranks cannot meet."""
         self.gone: list[Gone] = []
         """Ranks that have gone after they had met, in order."""
         self.met: list[Answer] = []
         """All ranks, once they have met."""
-        self._world_size = world_size
+        self._world_size, self._nodes = world_size, nodes
         self._token = secrets.token_hex(8)
         bound = LOOPBACK if hosts == [LOOPBACK] else ""
         self._listener = socket.create_server((bound, 0), backlog=1024)
@@ -199,7 +200,7 @@ class RollCall:
         return str(_ends(elsewhere[0].connection)[0][0])
 
     def _missing(self, patience: float) -> str:
-        missing = [str(rank) for rank in range(self._world_size) if rank not in self._callers]
+        missing = [self._expected(rank) for rank in range(self._world_size) if rank not in self._callers]
         there = sorted({self._answer_of(rank).host for rank in self._callers})
         said = f"; the others are on {', '.join(there)}" if there else ""
         plural = "s" if len(missing) > 1 else ""
@@ -207,6 +208,11 @@ class RollCall:
             f"rank{plural} {', '.join(missing)} of {self._world_size} did not report to {socket.gethostname()} within "
             f"{patience:.0f} s{said}"
         )
+
+    def _expected(self, rank: int) -> str:
+        if not self._nodes:
+            return str(rank)
+        return f"{rank} ({self._nodes[rank * len(self._nodes) // self._world_size]})"
 
     def refuse(self) -> None:
         """Tell the ranks that wait about the problem."""

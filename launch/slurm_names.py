@@ -47,6 +47,8 @@ class Job:
     gpus: int
     """GPUs of the job on this node."""
     node: str
+    names: tuple[str, ...]
+    """Of all its nodes."""
     index: int | None
     """Its place in an array of jobs."""
 
@@ -79,6 +81,7 @@ def read_job(environ: Mapping[str, str]) -> Job | None:
         cpus_per_task=_number("cpus_per_task", environ, 1),
         gpus=_number("gpus", environ, 0),
         node=environ.get(NAMES["node"], ""),
+        names=tuple(node_names(environ.get(NAMES["node_list"], ""))),
         index=_number("index", environ, 0) if environ.get(NAMES["index"]) else None,
     )
 

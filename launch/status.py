@@ -15,8 +15,9 @@ from launch.plan import Plan
 from launch.record import held, is_finished, is_run_folder, read_json, read_plan
 from launch.slurm import Queued
 from launch.stop import STOPPED
-from launch.submit import SUBMITTED, SWEEP
+from launch.submit import SUBMITTED
 from launch.supervise import saved_updates
+from launch.sweep import SWEEP, read_sweep
 
 RECENT = 20
 """Updates from which the time of the next ones is judged."""
@@ -79,10 +80,10 @@ def runs_of(folder: Path) -> list[Path]:
     """
     if is_run_folder(folder):
         return [folder]
-    runs = read_json(folder / SWEEP)
+    runs = read_sweep(folder)
     if runs is None:
         raise RunFolderError(f"{folder}: is not a run folder (no plan.json in it), nor that of a sweep")
-    return [folder / run["run"] for run in runs]
+    return [folder / name for name in runs]
 
 
 def _is_ours(folder: Path) -> bool:

@@ -10,7 +10,6 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from launch import slurm
 from launch.config import Loaded, load
@@ -31,6 +30,7 @@ from launch.record import (
 from launch.registry import find_run_file
 from launch.sbatch import Submission, script
 from launch.source import Layer, read_run_file
+from launch.sweep import write_sweep
 from launch.topology import Machine, World, config_folder
 
 SCRIPT = "job.sbatch"
@@ -38,9 +38,6 @@ SCRIPT = "job.sbatch"
 
 SUBMITTED = "submitted.json"
 """The jobs that were submitted for a run or a sweep, in its folder."""
-
-SWEEP = "sweep.json"
-"""What the runs of a sweep differ in, in its folder."""
 
 
 @dataclass(frozen=True)
@@ -197,18 +194,14 @@ def _write(prepared: Prepared) -> None:
     if prepared.is_sweep:
         for plan in prepared.plans:
             create_run_folder(plan)
-        runs = [{"run": Path(plan.run_folder).name, "changes": list(stated)} for plan, stated in _pairs(prepared)]
-        write_json(prepared.folder / SWEEP, runs)
+        named = [Path(plan.run_folder).name for plan in prepared.plans]
+        write_sweep(prepared.folder, dict(zip(named, prepared.changes, strict=True)))
     elif is_run_folder(prepared.folder):
         with held(prepared.folder):
             continue_run_folder(prepared.plans[0])
     else:
         create_run_folder(prepared.plans[0])
     write_text(prepared.folder / SCRIPT, prepared.text)
-
-
-def _pairs(prepared: Prepared) -> Any:
-    return zip(prepared.plans, prepared.changes, strict=True)
 
 
 def _refuse_running(folder: Path) -> None:

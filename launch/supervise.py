@@ -91,10 +91,20 @@ Start = Callable[[Plan, Path, RollCall | None], Ranks]
 """Starts all ranks of a plan, which answer the roll call where there are several."""
 
 
-def supervise(plan: Plan, folder: Path, start: Start, hosts: list[str], *, restarts: bool = True) -> Ending:
+@dataclass(frozen=True)
+class Place:
+    """Where the ranks are, for the roll call."""
+
+    hosts: list[str]
+    """Names and addresses by which they reach us."""
+    nodes: list[str] | None = None
+    """The nodes that they are on; None: not known, or only this one."""
+
+
+def supervise(plan: Plan, folder: Path, start: Start, place: Place, *, restarts: bool = True) -> Ending:
     """Start the workers of `plan` and wait for their end; none of them outlives this call.
 
-    `hosts` are where the roll is called. After a crash they start again, `parallel.max_restarts` times without a newer
+    After a crash they start again, `parallel.max_restarts` times without a newer
     checkpoint in between, unless `restarts` is False.
     """
     allowed = plan.config.parallel.max_restarts if restarts else 0
@@ -102,7 +112,7 @@ def supervise(plan: Plan, folder: Path, start: Start, hosts: list[str], *, resta
     with Signals() as signals:
         while True:
             before = saved_updates(folder)
-            ending = replace(_attempt(plan, folder, start, hosts, signals), told=signals.first)
+            ending = replace(_attempt(plan, folder, start, place, signals), told=signals.first)
             if ending.exit_code != 1 or signals.first is not None:
                 return ending
             saved = saved_updates(folder)
@@ -180,11 +190,11 @@ class Signals:
 # --- one attempt -----------------------------------------------------------------------------------------
 
 
-def _attempt(plan: Plan, folder: Path, start: Start, hosts: list[str], signals: Signals) -> Ending:
+def _attempt(plan: Plan, folder: Path, start: Start, place: Place, signals: Signals) -> Ending:
     """Start the workers once."""
     put_aside(folder)
     size = plan.processes.world_size
-    roll = RollCall(size, hosts) if size > 1 else None
+    roll = RollCall(size, place.hosts, place.nodes) if size > 1 else None
     try:
         ranks = start(plan, folder, roll)
         try:

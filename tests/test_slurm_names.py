@@ -36,12 +36,20 @@ STEP = {
 def test_the_job() -> None:
     assert read_job({}) is None
     assert read_job(JOB) == Job(
-        id="77", restarts=2, nodes=2, tasks_per_node=2, cpus_per_task=3, gpus=4, node="n1", index=None
+        id="77",
+        restarts=2,
+        nodes=2,
+        tasks_per_node=2,
+        cpus_per_task=3,
+        gpus=4,
+        node="n1",
+        names=("n1", "n2"),
+        index=None,
     )
     element = read_job({**JOB, "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "7"})
     assert element is not None and element.index == 7
     assert read_job({"SLURM_JOB_ID": "1"}) == Job(
-        id="1", restarts=0, nodes=1, tasks_per_node=None, cpus_per_task=1, gpus=0, node="", index=None
+        id="1", restarts=0, nodes=1, tasks_per_node=None, cpus_per_task=1, gpus=0, node="", names=(), index=None
     )
 
 
@@ -113,7 +121,7 @@ NODES = [
     ("n1", ["n1"]),
     ("n[1-3]", ["n1", "n2", "n3"]),
     ("gpu[08-10,12],login", ["gpu08", "gpu09", "gpu10", "gpu12", "login"]),
-    ("r[1-2]n[01-02]-ib", ["r1n01-ib", "r1n02-ib", "r2n01-ib", "r2n02-ib"]),
+    ("r[1-2]n[01-02]", ["r1n01", "r1n02", "r2n01", "r2n02"]),
     ("a,b-1,c[7]", ["a", "b-1", "c7"]),
 ]
 
