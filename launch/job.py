@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from launch import slurm
+from launch.cluster import profile, refuse_candidates
 from launch.errors import ConfigError, LaunchError, RunFolderError, TopologyError
 from launch.plan import Plan, decide
 from launch.printing import complain
@@ -82,7 +83,7 @@ def _planned_here(file: str, overrides: list[str], job: Job) -> Path:
     stem = Path(find_run_file(file)).stem
     folder = Path("runs") / (f"{stem}-{job.id}" if job.index is None else f"{stem}-{job.id}-{job.index:03d}")
     world = World(size=job.nodes * per_node, local_size=per_node, launched=True)
-    plan = decide(file, overrides, folder, world, machine).plan
+    plan = decide(file, overrides, folder, world, machine, beneath=profile()).plan
     refuse_candidates(plan)
     if plan.processes.device == "cuda" and job.gpus != per_node:
         raise TopologyError(
@@ -239,19 +240,6 @@ class StepRanks:
             assert job is not None, "we are in a job"
             slurm.end_steps(job.id)
         self._process.wait()
-
-
-def refuse_candidates(plan: Plan) -> None:
-    """See that the micro-batch size is known.
-
-    Raises:
-        ConfigError: it would have to be tried first.
-    """
-    if plan.batch.candidates:
-        raise ConfigError(
-            "train.micro_batch_size = auto: no size is known yet for this model, length and device; run it once on one "
-            "such machine with `shoal run`, or state a number"
-        )
 
 
 _EXITED = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (?:Exited with exit code (\d+)|(\w[\w ]*))", re.MULTILINE)

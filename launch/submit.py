@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch import slurm
-from launch.config import Loaded, load
-from launch.errors import ConfigError, LaunchError, RunFolderError, TopologyError
-from launch.job import refuse_candidates
+from launch.cluster import asked_for, profile, refuse_candidates
+from launch.config import load
+from launch.errors import ConfigError, LaunchError, RunFolderError
 from launch.plan import Plan, decide, python_environment
 from launch.record import (
     continue_run_folder,
@@ -29,9 +29,8 @@ from launch.record import (
 )
 from launch.registry import find_run_file
 from launch.sbatch import Submission, script
-from launch.source import Layer, read_run_file
+from launch.source import Layer
 from launch.sweep import write_sweep
-from launch.topology import Machine, World, config_folder
 
 SCRIPT = "job.sbatch"
 """The batch script, in the run folder."""
@@ -58,19 +57,6 @@ class Prepared:
 
 
 # --- planning --------------------------------------------------------------------------------------------
-
-
-def profile() -> Layer | None:
-    """What the user has stated of this cluster for all runs, in ~/.config/shoal/cluster.yaml.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    path = config_folder() / "cluster.yaml"
-    if not path.is_file():
-        return None
-    layer = read_run_file(path)
-    return Layer({"cluster": layer.values}, {f"cluster.{key}": place for key, place in layer.places.items()}, str(path))
 
 
 def prepare(file: str, overrides: list[str], out: Path | None, sweep: list[str], submission: Submission) -> Prepared:
@@ -110,36 +96,6 @@ def _plan(file: str, overrides: list[str], out: Path | None, beneath: Layer | No
     plan = decide(file, overrides, out, world, machine, beneath=beneath).plan
     refuse_candidates(plan)
     return plan
-
-
-def asked_for(loaded: Loaded) -> tuple[Machine, World]:
-    """A node as the job asks for it, and the world that SLURM will make.
-
-    Raises:
-        TopologyError: it is not said what devices the nodes have.
-    """
-    parallel, cluster = loaded.config.parallel, loaded.config.cluster
-    if parallel.device == "mps":
-        raise TopologyError(f"{loaded.place('parallel.device')}: parallel.device = mps: no cluster node has that")
-    if parallel.device == "auto" or (parallel.device == "cuda" and parallel.devices == "auto"):
-        raise TopologyError(
-            f"{loaded.place('parallel.devices')}: parallel.device = {parallel.device}, parallel.devices = "
-            f"{parallel.devices}: the nodes of a job cannot be looked at from here; say --gpus-per-node N, or "
-            "parallel.device=cpu parallel.devices=N"
-        )
-    per_node = parallel.devices if isinstance(parallel.devices, int) else 1
-    cpus = cluster.cpus_per_process or 1 + parallel.data_workers
-    gpus = per_node if parallel.device == "cuda" else 0
-    machine = Machine("each node", cpus * per_node, gpus, memory_bytes=_bytes(cluster.memory))
-    return machine, World(size=parallel.nodes * per_node, local_size=per_node, launched=True)
-
-
-def _bytes(memory: str | None) -> int:
-    """SLURM counts in MiB where no unit is given; 0 where it is not known."""
-    if not memory:
-        return 0
-    unit = memory[-1] if memory[-1] in "KMGT" else "M"
-    return int(memory.rstrip("KMGT")) << {"K": 10, "M": 20, "G": 30, "T": 40}[unit]
 
 
 def _changes(sweep: list[str]) -> tuple[tuple[str, ...], ...]:

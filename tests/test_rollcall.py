@@ -89,7 +89,7 @@ def test_a_wrong_world_is_told_to_all(
         until(roll, lambda: any(each.done() for each in found))
         found = [each for each in found if each.done()]
     for each in found:
-        with pytest.raises(TopologyError, match="rank [01]"):
+        with pytest.raises(TopologyError, match=r"rank [01]"):
             each.result(5)
 
 

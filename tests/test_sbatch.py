@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.cluster import asked_for
 from launch.config import load
 from launch.errors import ConfigError
 from launch.plan import Plan, make_plan
 from launch.recipe import Preview
 from launch.sbatch import Submission, script, step_command, step_environment
-from launch.submit import asked_for
 
 PYTHON = {"PYTHONPATH": "/opt/shoal"}
 
