@@ -245,13 +245,25 @@ class StepRanks:
 _EXITED = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (?:Exited with exit code (\d+)|(\w[\w ]*))", re.MULTILINE)
 
 
+_SIGNALS = {
+    "Killed": signal.SIGKILL,
+    "Out Of Memory": signal.SIGKILL,
+    "Segmentation fault": signal.SIGSEGV,
+    "Aborted": signal.SIGABRT,
+    "Bus error": signal.SIGBUS,
+    "Floating point exception": signal.SIGFPE,
+    "Illegal instruction": signal.SIGILL,
+}
+"""How srun calls signals that have ended a task."""
+
+
 def first_failure(said: str) -> End | None:
     """The first task that srun reports to have failed."""
     for host, tasks, code, how in _EXITED.findall(said):
         rank = int(re.split(r"[,-]", tasks)[0])
         if code:
             return End(int(code), rank, host)
-        return End(-signal.SIGKILL if how.startswith("Killed") else -signal.SIGTERM, rank, host)
+        return End(-_SIGNALS.get(how.strip(), signal.SIGTERM), rank, host)
     return None
 
 
