@@ -221,9 +221,7 @@ def _with_labels(sample: Tokens) -> Tokens:
 
     if sample.ndim > 1:
         return sample
-    labels = sample.copy()
-    labels[:1] = IGNORED
-    return np.stack([sample, labels])
+    return np.stack([sample, sample])
 
 
 # --- seeing that a model keeps documents apart -----------------------------------------------------------

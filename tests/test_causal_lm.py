@@ -239,9 +239,9 @@ def test_a_dataset_folder_is_read_as_the_hub_would_be(
 def test_collate_pads_only_where_it_must() -> None:
     full = collate([np.array([5, 6, 7], np.int32), np.array([8, 9, 10], np.int32)])
     assert set(full) == {"input_ids", "labels"}
-    assert full["labels"].tolist() == [[-100, 6, 7], [-100, 9, 10]]
+    assert full["labels"].tolist() == [[5, 6, 7], [8, 9, 10]], "the first is a target of nothing"
     padded = collate([np.array([5, 6, 7], np.int32), np.array([8], np.int32)])
-    assert padded["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100]]
+    assert padded["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
     assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert count(padded) == 2
     assert count(full) == 4
