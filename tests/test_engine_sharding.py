@@ -603,6 +603,7 @@ def pauses_on_rank_1(seconds: float) -> float:
 
 def waits_in_training(strategy: str, source: str, folder: str) -> tuple[int, float, str]:
     """Train while rank 1 is slow in the first update and far too slow in the second; how that ended on this rank."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     from launch.engine.data import open_data
@@ -617,7 +618,8 @@ def waits_in_training(strategy: str, source: str, folder: str) -> tuple[int, flo
 
     def slow_loss(model: Any, batch: Any) -> Any:
         nonlocal began
-        began = pauses_on_rank_1(next(pauses))
+        if torch.is_grad_enabled():  # and not while the loss is seen to be a sum
+            began = pauses_on_rank_1(next(pauses))
         return loss(model, batch)
 
     overrides = (f"parallel.timeout_seconds={PATIENCE}", "train.micro_batch_size=4", "eval.at_start=false")
