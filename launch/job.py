@@ -45,6 +45,9 @@ from launch.topology import ANNOUNCED, Machine, World, read_slurm_job, worker_en
 GRACE_SECONDS = 10.0
 """How long tasks may take to leave before they are killed."""
 
+AT_ONCE_SECONDS = 2.0
+"""A task that was killed so soon after the first to fail was not killed for that: SLURM first asks, and waits."""
+
 STARTS = "slurm.json"
 """The jobs of a run and their starts, in its folder."""
 
@@ -189,6 +192,7 @@ class StepRanks:
         self.first_failure: End | None = None
         self.killed: End | None = None
         self._told = False
+        self._failed_at: float | None = None
         self._log = folder / "logs" / "launcher.log"
         environment = step_environment(plan)
         if roll:
@@ -205,13 +209,15 @@ class StepRanks:
 
     def look(self) -> None:
         """Notice that they have gone, or that one has failed."""
-        code = self._process.poll()
-        if self.first_failure is None or code is not None:
-            said = self._log.read_text(encoding="utf-8", errors="replace")
-            self.first_failure = self.first_failure or first_failure(said)
-            self.killed = self.killed or killed(said)
+        code, now = self._process.poll(), time.monotonic()
+        if self._failed_at is None or now - self._failed_at < AT_ONCE_SECONDS:
+            ends = failures(self._log.read_text(encoding="utf-8", errors="replace"))
+            self.first_failure = self.first_failure or (ends[0] if ends else None)
+            self.killed = self.killed or next((end for end in ends if end.code == -signal.SIGKILL), None)
         if code and self.first_failure is None:
             self.first_failure = End(code)
+        if self.first_failure and self._failed_at is None:
+            self._failed_at = now
 
     @property
     def left(self) -> int:
@@ -257,20 +263,13 @@ _SIGNALS = {
 """How srun calls signals that have ended a task."""
 
 
-def first_failure(said: str) -> End | None:
-    """The first task that srun reports to have failed."""
+def failures(said: str) -> list[End]:
+    """The tasks that srun reports to have failed, in its order; of several at once the first."""
+    ends = []
     for host, tasks, code, how in _EXITED.findall(said):
-        rank = int(re.split(r"[,-]", tasks)[0])
-        if code:
-            return End(int(code), rank, host)
-        return End(-_SIGNALS.get(how.strip(), signal.SIGTERM), rank, host)
-    return None
-
-
-def killed(said: str) -> End | None:
-    """The first task that srun reports to have been killed while no other had failed."""
-    failure = first_failure(said)
-    return failure if failure and failure.code == -signal.SIGKILL else None
+        number = int(code) if code else -_SIGNALS.get(how.strip(), signal.SIGTERM)
+        ends.append(End(number, int(re.split(r"[,-]", tasks)[0]), host))
+    return ends
 
 
 def _free_port() -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launch.checkpoints import newest_complete
-from launch.job import STARTS, first_failure, killed
+from launch.job import STARTS, failures
 from tests.cluster import Cluster
 from tests.commands import ROOT, shoal
 
@@ -328,11 +328,10 @@ def test_what_srun_says_of_tasks_that_have_failed() -> None:
         "srun: error: n2: task 2: Exited with exit code 143\n"
         "srun: error: n1: tasks 0-1: Exited with exit code 143\n"
     )
-    failure = first_failure(said)
-    assert failure is not None
-    assert (failure.code, failure.rank, failure.host) == (3, 3, "n2") and killed(said) is None
-    dead = first_failure(said.replace("Exited with exit code 3\n", "Killed\n"))
-    assert dead is not None and (dead.code, dead.rank) == (-9, 3)
-    crashed = first_failure("srun: error: n1: tasks 0-1: Segmentation fault\n")
-    assert crashed is not None and (crashed.code, crashed.rank) == (-11, 0)
-    assert first_failure("srun: Job step aborted: Waiting up to 7 seconds for job step to finish.\n") is None
+    found = [(end.code, end.rank, end.host) for end in failures(said)]
+    assert found == [(3, 3, "n2"), (143, 2, "n2"), (143, 0, "n1")]
+    (dead, *_) = failures(said.replace("Exited with exit code 3\n", "Killed\n"))
+    assert (dead.code, dead.rank) == (-9, 3)
+    (crashed,) = failures("srun: error: n1: tasks 0-1: Segmentation fault\n")
+    assert (crashed.code, crashed.rank) == (-11, 0)
+    assert failures("srun: Job step aborted: Waiting up to 7 seconds for job step to finish.\n") == []
