@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -318,6 +319,44 @@ def test_a_sweep_is_an_array_of_jobs_with_a_comparison(site: Site) -> None:
     assert [row[2] for row in rows[1:]] == [f"{result['validation']['after']['loss']:.6g}" for result in losses]
     shown = site.shoal("status", "--all", ".")
     assert shown.count("finished") == 2
+
+
+STAND_IN = json.dumps([sys.executable, str(Path(__file__).with_name("stand_in_rank.py"))])
+
+
+def met(run: Path) -> list[dict[str, Any]]:
+    """What stand-ins for ranks have written down."""
+    return [json.loads(path.read_text()) for path in sorted(run.glob("met-*.json"))]
+
+
+def test_ten_jobs_at_once_on_a_node_meet_apart(slurm: None, tmp_path: Path) -> None:  # noqa: ARG001
+    with Cluster(nodes=1, cpus=20) as cluster:
+        site = Site(cluster, tmp_path)
+        two = ("parallel.device=cpu", "parallel.devices=2", f"cluster.container={STAND_IN}")
+        values = ",".join(map(str, range(10)))
+        site.submit("--sweep", f"train.seed={values}", *two, "cluster.environment={STAYS: '20'}", "--out", "many")
+        runs = [tmp_path / f"many/{index:03d}" for index in range(10)]
+        site.until(lambda: all(len(met(run)) == 2 for run in runs))
+        ports = {answer["port"] for run in runs for answer in met(run)}
+        running = [fields for fields in cluster.jobs() if fields["JobState"] == "RUNNING"]
+        assert len(running) == 10, "all of them at once"
+        assert len(ports) == 10
+        heard = [{word for answer in met(run) for word in answer["heard"]} for run in runs]
+        assert all(len(words) == 1 for words in heard) and len(set.union(*heard)) == 10, "each its own ranks alone"
+        site.until(lambda: all((run / "result.json").exists() for run in runs))
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_each_rank_has_the_cpus_and_threads_of_the_plan(slurm: None, cpus: int, tmp_path: Path) -> None:  # noqa: ARG001
+    if cpus > len(os.sched_getaffinity(0)):
+        pytest.skip(f"needs {cpus} CPUs")
+    with Cluster(nodes=2, gpus=0, affinity=True) as cluster:
+        site = Site(cluster, tmp_path)
+        asked = ("parallel.nodes=2", "parallel.device=cpu", f"cluster.cpus_per_process={cpus}")
+        job = site.submit(*asked, f"cluster.container={STAND_IN}", "cluster.environment={TORCH: '1'}", "--out", "run")
+        assert cluster.wait_for(job, ("COMPLETED", "FAILED"), 60)["JobState"] == "COMPLETED", site.log()
+        assert [(answer["cpus"], answer["threads"]) for answer in met(tmp_path / "run")] == [(cpus, cpus)] * 2
+        assert "fewer CPUs" not in site.log()
 
 
 def test_what_srun_says_of_tasks_that_have_failed() -> None:
