@@ -16,16 +16,18 @@ from rich.text import Text
 
 from launch import __version__, local
 from launch.cache import Cache
-from launch.cli_arguments import AsJson, CommandWithKeys, DebugCpu, Out, Overrides, RunFile
+from launch.cli_arguments import AsJson, CommandWithKeys, DebugCpu, Out, Overrides, Rdzv, RunFile
 from launch.cli_cluster import cancel_command, logs_command, status_command, submit_command
 from launch.cli_proofs import chaos_command, parity_command
 from launch.cli_recipes import look_at_data, prepare_command, recipes_app, schema_command, tokenize_command
 from launch.cli_results import checkpoints_command, eval_command, export_command, generate_command
-from launch.config import Loaded
-from launch.errors import EXIT_CODES, LaunchError, MemoryExhaustedError, RunFolderError
+from launch.cluster import refuse_candidates
+from launch.config import Loaded, load
+from launch.errors import EXIT_CODES, ConfigError, LaunchError, MemoryExhaustedError, RunFolderError
 from launch.explain import explain
 from launch.fitting import Fits, question, remember, smaller
 from launch.keys import describe
+from launch.nodes import follow, is_here, lead, read_address, world_of
 from launch.plan import Decided, Plan, as_json, decide
 from launch.printing import complain, console_on
 from launch.record import (
@@ -38,9 +40,10 @@ from launch.record import (
     read_json,
     refuse_results,
 )
-from launch.registry import Recipe
+from launch.registry import Recipe, find_run_file
 from launch.sections import RunConfig
-from launch.topology import World, cache_folder, stray_variables
+from launch.supervise import Ending
+from launch.topology import World, cache_folder, read_machine, stray_variables
 from launch.trials import find
 from launch.twin import decide_twin
 
@@ -71,9 +74,10 @@ def run_command(
     out: Out = None,
     json_: AsJson = False,
     debug_cpu: DebugCpu = None,
+    rdzv: Rdzv = None,
 ) -> None:
     """Train, evaluate and export; everything is written to the run folder. A run that was interrupted goes on."""
-    _carry_out(file, overrides, out, json_, debug_cpu)
+    _carry_out(file, overrides, out, json_, debug_cpu, rdzv)
 
 
 @app.command("resume", cls=CommandWithKeys)
@@ -81,6 +85,7 @@ def resume_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that was interrupted.")],
     overrides: Overrides = None,
     json_: AsJson = False,
+    rdzv: Rdzv = None,
 ) -> None:
     """Go on with a run from its newest good checkpoint, with the settings it was begun with.
 
@@ -88,13 +93,22 @@ def resume_command(
     """
     if not is_run_folder(run):
         raise RunFolderError(f"{run}: is not a run folder (no plan.json in it); give one that `shoal run` has made")
-    _carry_out(str(run / "run.yaml"), overrides, run, json_, None)
+    _carry_out(str(run / "run.yaml"), overrides, run, json_, None, rdzv)
 
 
-def _carry_out(file: str, overrides: list[str] | None, out: Path | None, json_: bool, debug_cpu: int | None) -> None:
+def _carry_out(
+    file: str, overrides: list[str] | None, out: Path | None, json_: bool, debug_cpu: int | None, rdzv: str | None
+) -> None:
     """Begin a run, or go on with the one in the run folder, and see it through to its end."""
-    decided, differences = _decide(file, overrides, out, debug_cpu)
+    address = read_address(rdzv) if rdzv else None
+    if address and debug_cpu:
+        raise ConfigError("command line: --rdzv is for several machines, --debug-cpu for this one; leave one out")
+    decided, differences = _decide(file, overrides, out, debug_cpu, several=address is not None)
     plan = decided.plan
+    if address and not is_here(address):
+        ending = follow(plan, address)
+        _tell(ending)
+        raise typer.Exit(ending.exit_code)
     folder, cache = Path(plan.run_folder), Cache(cache_folder())
     goes_on = is_run_folder(folder)
     if not goes_on:
@@ -103,6 +117,8 @@ def _carry_out(file: str, overrides: list[str] | None, out: Path | None, json_: 
         changed_settings(plan)  # lest another run be taken for this one
         complain(f"{folder}: this run is finished already")
         return _print_result(folder, json_)
+    if plan.batch.candidates and address:
+        refuse_candidates(plan)
     if plan.batch.candidates:
         remember(cache, question(plan), find(plan, complain))
         decided, differences = _decide(file, overrides, folder, debug_cpu)
@@ -120,15 +136,21 @@ def _carry_out(file: str, overrides: list[str] | None, out: Path | None, json_: 
             print(line, file=sys.stderr)
         if not json_:
             _print_plan(plan, console_on(stderr=True))
-        ending = local.run(plan, folder)
+        ending = lead(plan, folder, address) if address else local.run(plan, folder)
+    _tell(ending)
+    if ending.exit_code == MemoryExhaustedError.exit_code:
+        _learn_from_too_large(plan, cache)
     if ending.exit_code:
-        if ending.traceback:
-            print(ending.traceback, file=sys.stderr)
-        complain(ending.message)
-        if ending.exit_code == MemoryExhaustedError.exit_code:
-            _learn_from_too_large(plan, cache)
         raise typer.Exit(ending.exit_code)
     return _print_result(folder, json_)
+
+
+def _tell(ending: Ending) -> None:
+    """Say how workers have ended, unless they ended well."""
+    if ending.traceback:
+        print(ending.traceback, file=sys.stderr)
+    if ending.exit_code:
+        complain(ending.message)
 
 
 def _print_result(folder: Path, json_: bool) -> None:
@@ -145,9 +167,12 @@ def _learn_from_too_large(plan: Plan, cache: Cache) -> None:
 
 
 def _decide(
-    file: str, overrides: list[str] | None, out: Path | None, debug_cpu: int | None
+    file: str, overrides: list[str] | None, out: Path | None, debug_cpu: int | None, *, several: bool = False
 ) -> tuple[Decided, list[str]]:
-    """The run that was asked for; or its twin on the CPU, and what to tell of that."""
+    """The run that was asked for, on this machine or on `several`; or its twin on the CPU, and what to tell of that."""
+    if several:
+        config, machine = load(find_run_file(file), overrides or []).config, read_machine()
+        return decide(file, overrides or [], out, world_of(config, machine), machine), []
     if debug_cpu is None:
         return decide(file, overrides or [], out, World()), []
     twin = decide_twin(file, overrides or [], out, debug_cpu)

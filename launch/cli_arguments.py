@@ -42,6 +42,14 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout and nothing else.")]
 
 
+Rdzv = Annotated[
+    str | None,
+    typer.Option(
+        "--rdzv",
+        metavar="HOST:PORT",
+        help="With parallel.nodes: where all launchers meet, on one of the machines.",
+    ),
+]
 DebugCpu = Annotated[
     int | None,
     typer.Option("--debug-cpu", min=1, metavar="N", help="Do it with N processes on this machine's CPU (gloo)."),

@@ -227,8 +227,7 @@ def _processes(loaded: Loaded, machine: Machine, world: World) -> Processes:
     elif parallel.nodes > 1:
         raise TopologyError(
             f"{loaded.place('parallel.nodes')}: parallel.nodes = {parallel.nodes}: `shoal run` starts the processes "
-            "of one machine; for several use `shoal submit` (SLURM), or `accelerate launch --num_machines … -m "
-            "launch.train` on each"
+            "of one machine; for several use `shoal submit` (SLURM), or start it on each with --rdzv host:port"
         )
     size = nodes * per_node
     strategy = _strategy(loaded, world, size)

@@ -139,7 +139,7 @@ class Cluster:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         host = self._nodes[node] if node else None
         return subprocess.run(
-            host.enter(*command) if host else [f"{self.folder}/bin/enter", *command],
+            host.enter(*command, folder=cwd) if host else [f"{self.folder}/bin/enter", *command],
             env={**inherited, **self.environment(), **(environment or {})},
             cwd=cwd,
             stdin=subprocess.DEVNULL,

@@ -77,9 +77,9 @@ class Host:
         """Whether it is on."""
         return self._process is not None and self._process.poll() is None
 
-    def enter(self, *command: str) -> list[str]:
-        """The command that runs `command` inside, in the working folder of the caller."""
-        here = ["sh", "-c", 'cd "$0" && exec "$@"', str(Path.cwd())]
+    def enter(self, *command: str, folder: Path | None = None) -> list[str]:
+        """The command that runs `command` inside, in a folder, or in the working folder of the caller."""
+        here = ["sh", "-c", 'cd "$0" && exec "$@"', str(folder or Path.cwd())]
         return ["nsenter", f"--target={self._first()}", "--pid", "--mount", "--uts", "--net", *here, *command]
 
     def ip(self, *commands: str, check: bool = True) -> None:

@@ -1,0 +1,145 @@
+"""Several machines without SLURM: a launcher on each, over real networks of their own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.errors import ConfigError, TopologyError
+from launch.nodes import Address, is_here, read_address
+from tests.cluster import Cluster
+from tests.commands import ROOT
+
+RECIPE = Path(__file__).with_name("own_recipe.py")
+
+
+@pytest.mark.parametrize("text", ["n1", "n1:", ":29400", "n1:x", "n1:0", "n1:70000"])
+def test_an_address_is_host_and_port(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_address(text)
+    assert str(caught.value) == f"command line: --rdzv {text}: write host:port, for example --rdzv node1:29400"
+    assert read_address("n1:29400") == Address("n1", 29400)
+
+
+def test_whose_address_it_is() -> None:
+    assert is_here(Address("localhost", 1))
+    assert not is_here(Address("192.0.2.1", 1))  # for documentation, RFC 5737
+    with pytest.raises(TopologyError, match=r"--rdzv no-such-host.invalid:1: no-such-host.invalid: "):
+        is_here(Address("no-such-host.invalid", 1))
+
+
+class Machines:
+    """Two of them, each with a user who types the same command."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.done: dict[str, Any] = {}
+        (folder / "run.yaml").write_text(
+            f"recipe: {RECIPE}\ntrain: {{max_steps: 12, global_batch_size: 8, learning_rate: 0.01}}\n"
+            "parallel: {device: cpu, devices: 2, nodes: 2}\n"
+        )
+
+    def start(self, node: str, *overrides: str) -> None:
+        """Type the command on one of them."""
+
+        def work() -> None:
+            environment = {
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "SHOAL_CACHE": f"{self.folder}/cache-{node}",
+            }
+            command = [
+                "env",
+                *(f"{name}={value}" for name, value in environment.items()),
+                sys.executable,
+                "-m",
+                "launch",
+            ]
+            meeting = ("--rdzv", "n1:29400", "--out", "run")
+            self.done[node] = self.cluster.run(
+                *command, "run", "run.yaml", *overrides, *meeting, node=node, cwd=self.folder, timeout=300
+            )
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+
+    def until(self, what: Callable[[], object], seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            said = {node: done.stderr for node, done in self.done.items()}
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+
+    def end(self, seconds: float = 90) -> None:
+        self.until(lambda: len(self.done) == 2, seconds)
+
+    def updates(self) -> list[dict[str, Any]]:
+        path = self.folder / "run/metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+
+
+@pytest.fixture
+def machines(cluster: Cluster, tmp_path: Path) -> Machines:
+    return Machines(cluster, tmp_path)
+
+
+@pytest.mark.slurm
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_machines_train_together(machines: Machines) -> None:
+    machines.start("n2")
+    machines.start("n1")
+    machines.end()
+    assert [machines.done[node].returncode for node in ("n1", "n2")] == [0, 0], [
+        done.stderr for done in machines.done.values()
+    ]
+    assert "waiting for 1 more at n1:29400: run the same command on each machine" in machines.done["n1"].stderr
+    assert len(machines.updates()) == 12
+    assert (machines.folder / "run/result.json").exists()
+    logs = sorted(path.name for path in (machines.folder / "run/logs").glob("rank-*.log"))
+    assert logs == [f"rank-{rank}.log" for rank in range(4)]
+
+
+@pytest.mark.slurm
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_machine_with_other_settings_is_refused(machines: Machines) -> None:
+    machines.start("n1", "parallel.nodes=2")
+    machines.start("n2", "train.learning_rate=0.5")
+    machines.until(lambda: "n2" in machines.done)
+    told = "it was started with other settings: train.learning_rate: 0.01 → 0.5"
+    assert machines.done["n2"].returncode == 4
+    assert machines.done["n2"].stderr.splitlines()[-1] == f"shoal: refused by n1:29400: {told}"
+    machines.start("n2")
+    machines.end()
+    assert f"shoal: n2 is refused: {told}" in machines.done["n1"].stderr
+    assert machines.done["n1"].returncode == 0
+
+
+@pytest.mark.slurm
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_cut_link_ends_all_soon_and_each_names_the_other(machines: Machines) -> None:
+    slow = ("recipe_args.seconds_per_batch=0.1", "train.max_steps=400", "eval.at_start=false")
+    machines.start("n1", *slow)
+    machines.start("n2", *slow)
+    machines.until(lambda: len(machines.updates()) >= 3)
+    machines.cluster.link("n2", up=False)
+    cut = time.monotonic()
+    machines.end(75)
+    assert time.monotonic() - cut < 75
+    first, second = (machines.done[node] for node in ("n1", "n2"))
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "shoal: no answer from n2 (rank 2, 3): the host is down, or the network between" in first.stderr
+    assert second.stderr.splitlines()[-1] == ("shoal: n2: no answer from n1: that host is down, or the network between")
+    for node in ("n1", "n2"):
+        left = machines.cluster.run("pgrep", "-f", "launch.train", node=node)
+        assert not left.stdout, "no process is left"
