@@ -127,7 +127,7 @@ def test_every_expected_plan_is_compared() -> None:
 def test_a_plan_comes_back_from_its_json() -> None:
     for case in CASES.values():
         plan = planned(*case.overrides, machine=case.machine, world=case.world, preview=case.preview)
-        assert Plan.model_validate(json.loads(json.dumps(as_json(plan)))) == plan
+        assert Plan.model_validate_json(json.dumps(as_json(plan))) == plan
 
 
 def test_gpus_and_cpus_are_started_alike() -> None:
@@ -258,8 +258,8 @@ def test_global_is_micro_times_accumulation_times_world(
         (
             ("parallel.nodes=2",),
             GPUS,
-            "command line: parallel.nodes = 2: `shoal run` starts the processes of one machine; for several, run "
-            "`accelerate launch --num_machines … -m launch.train` on each",
+            "command line: parallel.nodes = 2: `shoal run` starts the processes of one machine; for several use "
+            "`shoal submit` (SLURM), or start it on each with --rdzv host:port",
         ),
         (
             ("parallel.strategy=single",),

@@ -72,9 +72,9 @@ EXPECTED = """\
 # Starts the run in /runs/one by plain `accelerate launch`:
 #
 #   OMP_NUM_THREADS=2 \\
+#   CUDA_VISIBLE_DEVICES= \\
 #   PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \\
 #   TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600 \\
-#   CUDA_VISIBLE_DEVICES= \\
 #   accelerate launch --config_file /runs/one/accelerate.yaml -m launch.train /runs/one
 #
 # Batch sizes, precision, clipping and schedule are in plan.json beside it, which the workers read.
