@@ -13,6 +13,8 @@ result.json     how it ended well
 stopped.json    which signal stopped it, and after which update
 failure-N.json  how rank N failed
 attempts/       logs and endings of earlier starts
+job.sbatch      the script of a SLURM job; slurm-N.log: what it says
+submitted.json  the jobs that were submitted; slurm.json: each start of one
 .lock           held by the launcher that works on it
 """
 

@@ -145,6 +145,13 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
             "(`scontrol ping` says)"
         ) from None
     if done.returncode:
-        said = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        heads = (f"{command[0]}: ", "error: ")
+        said = "; ".join(_without(line.strip(), heads) for line in done.stderr.splitlines() if line.strip())
         raise TopologyError(f"{host}: {command[0]} refuses: {said or f'exit code {done.returncode}'}")
     return done
+
+
+def _without(line: str, heads: tuple[str, ...]) -> str:
+    for head in heads:
+        line = line.removeprefix(head)
+    return line

@@ -14,6 +14,7 @@ import pytest
 from launch import rollcall
 from launch.errors import TopologyError
 from launch.rollcall import LOOPBACK, Meeting, RollCall, answer, hosts_of_this_machine
+from launch.supervise import _compare_cpus
 
 HERE = socket.gethostname()
 
@@ -189,3 +190,18 @@ def test_the_addresses_of_an_interface() -> None:
     assert LOOPBACK not in hosts_of_this_machine()
     with pytest.raises(TopologyError, match=f"{HERE} has no network interface ib7 with an IPv4 address; it has .*lo"):
         hosts_of_this_machine("ib7")
+
+
+def test_ranks_with_fewer_cpus_than_planned_are_told(
+    call: Callable[[int], RollCall], capsys: pytest.CaptureFixture[str]
+) -> None:
+    roll = call(2)
+    found = meet(roll, (0, 2), (1, 2))
+    until(roll, lambda: all(each.done() for each in found))
+    _compare_cpus(roll, 2)
+    assert capsys.readouterr().err == ""
+    _compare_cpus(roll, 3)
+    assert capsys.readouterr().err == (
+        "shoal: fewer CPUs than the 3 threads that were planned for each rank: "
+        f"rank 0 ({HERE}) 2, rank 1 ({HERE}) 2; this will be slow\n"
+    )
