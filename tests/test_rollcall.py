@@ -117,7 +117,10 @@ def test_the_first_answer_may_take_longer(call: Callable[[int], RollCall], monke
     assert roll.problem == f"ranks 0, 1 of 2 did not report to {HERE} within 0 s"
 
 
-@pytest.mark.parametrize("line", [b"GET / HTTP/1.1\n", b"[]\n", b'{"token": "another", "rank": 1}\n', b"{}\n"])
+OF_ANOTHER_RUN = b'{"token": "another", "rank": 1, "world_size": 2, "host": "n9", "cpus": 1}\n'
+
+
+@pytest.mark.parametrize("line", [b"GET / HTTP/1.1\n", b"[]\n", OF_ANOTHER_RUN, b"{}\n"])
 def test_strangers_are_not_counted(line: bytes, call: Callable[[int], RollCall]) -> None:
     roll = call(2)
     address, port = roll.announcement.partition("@")[2].split(":")

@@ -108,7 +108,9 @@ HOSTILE = '/runs/100% sure; rm -rf $HOME `id` "it\'s" \\ ü #1'
 
 
 def test_names_that_a_shell_would_take_for_something_else(tmp_path: Path) -> None:
-    written = text(planned(*TWO_NODES, folder=HOSTILE), started_in=str(tmp_path))
+    started_in = tmp_path / "a $HOME b"
+    started_in.mkdir()
+    written = text(planned(*TWO_NODES, folder=HOSTILE), started_in=str(started_in))
     (output,) = (line for line in written.splitlines() if "--output" in line)
     quoted = HOSTILE.replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
     assert output == f'#SBATCH --output="{quoted}/slurm-%j.log"'

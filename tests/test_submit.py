@@ -79,6 +79,13 @@ def test_what_the_user_has_stated_of_the_cluster_counts_where_the_run_does_not(h
     profile.write_text('partition: gpu\naccount: lab\ntime: "01:00:00"\n')
     cluster = only(prepared("cluster.account=mine")).config.cluster
     assert (cluster.partition, cluster.account, cluster.time) == ("gpu", "mine", "01:00:00")
+    run_file = home / "own.yaml"
+    run_file.write_text("recipe: causal_lm\ncluster: {partition: own}\n")
+    cluster = only(prepare(str(run_file), CPU, Path("run"), [], Submission())).config.cluster
+    assert (cluster.partition, cluster.account) == ("own", "lab")
+    run_file.write_text("cluster: {partition: own}\n")
+    with pytest.raises(ConfigError, match=f"^{run_file}: recipe: must be set"):
+        prepare(str(run_file), CPU, Path("run"), [], Submission())
     profile.write_text("partition: gpu\nacount: lab\n")
     with pytest.raises(ConfigError) as caught:
         prepared()
