@@ -38,7 +38,7 @@ from launch.registry import find_run_file
 from launch.rollcall import RollCall, hosts_of_this_machine
 from launch.sbatch import step_command, step_environment
 from launch.slurm_names import Job
-from launch.supervise import POLL_SECONDS, End, Ending, Place, saved_updates, say, supervise
+from launch.supervise import POLL_SECONDS, End, Ending, Place, Signals, saved_updates, say, supervise
 from launch.sweep import SWEEP, write_comparison
 from launch.topology import ANNOUNCED, Machine, World, read_slurm_job, worker_environment
 
@@ -105,7 +105,18 @@ def carry_out(folder: Path, job: Job) -> int:
     if is_finished(folder):
         complain(f"{folder}: this run is finished already")
         return 0
-    plan = read_plan(folder)
+    with Signals() as signals:  # of the job's time, from its first moment to its last
+        plan = read_plan(folder)
+        ending = _see_through(plan, folder, job, signals)
+        return _conclude(plan, folder, job, ending, signals.first)
+
+
+def _see_through(plan: Plan, folder: Path, job: Job, signals: Signals) -> Ending:
+    """Start the ranks and wait for their end.
+
+    Raises:
+        TopologyError: the job is not the one that was planned, or has brought nothing too often.
+    """
     _check(plan, job)
     if not slurm.is_there("srun"):
         raise TopologyError(f"{job.node}: there is no `srun` on the PATH of this job: the ranks cannot be started")
@@ -118,8 +129,7 @@ def carry_out(folder: Path, job: Job) -> int:
             f"processes, strategy {plan.processes.strategy}"
         )
         place = Place(hosts_of_this_machine(plan.config.cluster.network_interface), [*job.names])
-        ending = supervise(plan, folder, StepRanks, place)
-    return _conclude(plan, folder, job, ending)
+        return supervise(plan, folder, StepRanks, place, signals=signals)
 
 
 def _check(plan: Plan, job: Job) -> None:
@@ -159,8 +169,8 @@ def _refuse_fruitless(plan: Plan, folder: Path, job: Job) -> None:
     write_json(folder / STARTS, [*starts, start])
 
 
-def _conclude(plan: Plan, folder: Path, job: Job, ending: Ending) -> int:
-    """Say how it ended, and have the job queued again where it was stopped before its end."""
+def _conclude(plan: Plan, folder: Path, job: Job, ending: Ending, told: int | None) -> int:
+    """Say how it ended, and have the job queued again where it was stopped before its end; `told`: a signal to us."""
     if ending.exit_code == 0:
         print(read_json(folder / "result.json")["summary"], flush=True)
         if job.index is not None and (folder.parent / SWEEP).is_file():
@@ -170,7 +180,7 @@ def _conclude(plan: Plan, folder: Path, job: Job, ending: Ending) -> int:
         print(ending.traceback, file=sys.stderr)
     complain(ending.message)
     interrupted = ending.stopped or ending.unreachable
-    if not interrupted or ending.told in (signal.SIGTERM, signal.SIGINT):
+    if not interrupted or told in (signal.SIGTERM, signal.SIGINT):
         return ending.exit_code
     if not plan.config.cluster.requeue:
         complain("cluster.requeue = false: the job is not queued again")

@@ -131,9 +131,12 @@ def lead(plan: Plan, folder: Path, address: Address) -> Ending:
     """
     interface = plan.config.cluster.network_interface
     hosts = hosts_of_this_machine(interface)
+    place = Place(hosts if interface else [address.host, *hosts])
     team = _Team(plan, folder, address)
     try:
-        ending = supervise(plan, folder, team.start, Place(hosts if interface else [address.host, *hosts]))
+        with Signals() as signals:
+            team.signals = signals
+            ending = supervise(plan, folder, team.start, place, signals=signals)
         team.tell_all(end={"exit_code": ending.exit_code, "message": ending.message})
         return ending
     finally:
@@ -153,13 +156,11 @@ class _Team:
                 "another port, on all machines"
             ) from None
         self.lines: list[_Line] = []
+        self.signals = Signals()
 
     def start(self, plan: Plan, folder: Path, roll: RollCall | None) -> _TeamRanks:
         """Wait until all are there, then start all ranks."""
-        with Signals() as signals:
-            self._gather(signals)
-        if signals.first is not None:  # whoever sees the run through must know too
-            signal.raise_signal(signals.first)
+        self._gather(self.signals)
         assert roll is not None, "several nodes have several ranks"
         per_node = plan.processes.per_node
         for number, line in enumerate(self.lines, start=1):

@@ -5,6 +5,7 @@ Where the ranks are is not its business: `launch.local` starts them on this mach
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -78,8 +79,6 @@ class Ending:
     """Whether a worker was ended by SIGKILL, as the kernel does when memory runs out."""
     unreachable: bool = False
     """Whether ranks were lost because their host, or the network, no longer answers."""
-    told: int | None = None
-    """The signal by which the launcher itself was asked to stop."""
 
     @property
     def stopped(self) -> bool:
@@ -101,18 +100,21 @@ class Place:
     """The nodes that they are on; None: not known, or only this one."""
 
 
-def supervise(plan: Plan, folder: Path, start: Start, place: Place, *, restarts: bool = True) -> Ending:
+def supervise(
+    plan: Plan, folder: Path, start: Start, place: Place, *, restarts: bool = True, signals: Signals | None = None
+) -> Ending:
     """Start the workers of `plan` and wait for their end; none of them outlives this call.
 
-    After a crash they start again, `parallel.max_restarts` times without a newer
-    checkpoint in between, unless `restarts` is False.
+    `signals` are those that the launcher has received since before; else they are received from now on. After a crash
+    they start again, `parallel.max_restarts` times without a newer checkpoint in between, unless `restarts` is False.
     """
     allowed = plan.config.parallel.max_restarts if restarts else 0
     fruitless = 0  # restarts in a row that have brought no newer checkpoint
-    with Signals() as signals:
+    with contextlib.ExitStack() as stack:
+        signals = signals or stack.enter_context(Signals())
         while True:
             before = saved_updates(folder)
-            ending = replace(_attempt(plan, folder, start, place, signals), told=signals.first)
+            ending = _attempt(plan, folder, start, place, signals)
             if ending.exit_code != 1 or signals.first is not None:
                 return ending
             saved = saved_updates(folder)
@@ -125,7 +127,7 @@ def supervise(plan: Plan, folder: Path, start: Start, place: Place, *, restarts:
             say(f"{_first_line(ending)}; restart {fruitless} of {allowed} from update {saved} in {pause:g} s")
             if not signals.quiet_for(pause):
                 assert signals.first is not None
-                return replace(_stopped(folder, signals.first), told=signals.first)
+                return _stopped(folder, signals.first)
 
 
 def saved_updates(folder: Path) -> int:
