@@ -307,15 +307,18 @@ def test_names_that_resolve_wrongly_and_commands_that_lack_do_not_stop_a_run(sit
 # --- many ------------------------------------------------------------------------------------------------
 
 
+MANY = "100% of 'many' \"ü\"; $HOME #1 %j"
+
+
 def test_a_sweep_is_an_array_of_jobs_with_a_comparison(site: Site) -> None:
-    site.submit("--sweep", "train.learning_rate=0.01,0.02", "parallel.device=cpu", "save.export=false", "--out", "many")
-    site.until(lambda: {each["state"] for each in site.states("many")} == {"finished"}, 120)
-    table = site.folder / "many/comparison.tsv"
+    site.submit("--sweep", "train.learning_rate=0.01,0.02", "parallel.device=cpu", "save.export=false", "--out", MANY)
+    site.until(lambda: {each["state"] for each in site.states(MANY)} == {"finished"}, 120)
+    table = site.folder / MANY / "comparison.tsv"
     site.until(lambda: table.exists() and len(table.read_text().splitlines()) == 3, 10)
     rows = [line.split("\t") for line in table.read_text().splitlines()]
     assert rows[0] == ["run", "train.learning_rate", "loss"]
     assert [row[:2] for row in rows[1:]] == [["000", "0.01"], ["001", "0.02"]]
-    losses = [json.loads((site.folder / f"many/{run}/result.json").read_text()) for run in ("000", "001")]
+    losses = [json.loads((site.folder / MANY / run / "result.json").read_text()) for run in ("000", "001")]
     assert [row[2] for row in rows[1:]] == [f"{result['validation']['after']['loss']:.6g}" for result in losses]
     shown = site.shoal("status", "--all", ".")
     assert shown.count("finished") == 2
