@@ -18,10 +18,8 @@ from launch.errors import ConfigError, RunFolderError
 from launch.plan import as_json
 from launch.printing import complain, print_table
 from launch.sbatch import Submission
-from launch.status import Status, everything, follow, last_job, log_of, runs_of, status
+from launch.status import ASK_SECONDS, Status, everything, follow, last_job, log_of, runs_of, status
 from launch.submit import Prepared, prepare, submit, test
-
-POLL_SECONDS = 5.0
 
 
 def submit_command(
@@ -85,7 +83,7 @@ def submit_command(
     else:
         _print_submitted(prepared, job)
     if wait:
-        raise typer.Exit(_wait(prepared, job))
+        raise typer.Exit(_wait(prepared, job, quiet=json_))
     return None
 
 
@@ -107,15 +105,16 @@ def _print_submitted(prepared: Prepared, job: str) -> None:
     print(f"cancel   shoal cancel {folder}")
 
 
-def _wait(prepared: Prepared, job: str) -> int:
+def _wait(prepared: Prepared, job: str, *, quiet: bool) -> int:
     """Follow a job until it has ended; 0 where all its runs have ended well."""
     ended = _has_ended(job)
-    if not prepared.is_sweep:
+    if not prepared.is_sweep and not quiet:
         _follow(lambda: log_of(prepared.folder, None), ended)
     while not ended():
-        time.sleep(POLL_SECONDS)
+        time.sleep(ASK_SECONDS)
     found = status(prepared.folder)
-    _print_status(found)
+    if not quiet:
+        _print_status(found)
     return 0 if all(each.state == "finished" for each in found) else 1
 
 
@@ -171,7 +170,7 @@ def _follow(find: Callable[[], Path], ended: Callable[[], bool]) -> None:
             except RunFolderError:
                 if ended():
                     raise
-                time.sleep(1)
+                time.sleep(ASK_SECONDS)
         follow(path, ended, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         complain("the job goes on")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from launch.stop import STOPPED
 from launch.submit import SUBMITTED
 from launch.supervise import saved_updates
 from launch.sweep import SWEEP, read_sweep
+
+ASK_SECONDS = 5.0
+"""How often the scheduler is asked whether a job has ended."""
 
 RECENT = 20
 """Updates from which the time of the next ones is judged."""
@@ -237,13 +240,16 @@ def log_of(run: Path, rank: int | None) -> Path:
     return newest[-1]
 
 
-def follow(path: Path, ended: Any, write: Any) -> None:
+def follow(path: Path, ended: Callable[[], bool], write: Callable[[str], None]) -> None:
     """Write what comes to a file, until `ended()`; what is there already comes first."""
+    asked = 0.0
+    last = False
     with path.open(encoding="utf-8", errors="replace") as log:
         while True:
-            last = ended()
+            if time.monotonic() - asked >= ASK_SECONDS:  # the scheduler serves others too
+                asked, last = time.monotonic(), ended()
             while text := log.read():
                 write(text)
             if last:
                 return
-            time.sleep(1)
+            time.sleep(0.5)
