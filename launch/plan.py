@@ -232,6 +232,8 @@ def _processes(loaded: Loaded, machine: Machine, world: World) -> Processes:
     size = nodes * per_node
     strategy = _strategy(loaded, world, size)
     threads = max(1, machine.cores // per_node)
+    if world.step and world.step.cpus:  # each task may be bound to its own, and see no others
+        threads = world.step.cpus
     return Processes(
         strategy=strategy,
         device=device,

@@ -65,6 +65,8 @@ class Step:
     """The first node of the step, where rank 0 is."""
     port: int
     """Where the ranks meet, where nobody says otherwise: another one for each job and step."""
+    cpus: int | None
+    """CPUs of each task; None where the job does not say."""
 
 
 def read_job(environ: Mapping[str, str]) -> Job | None:
@@ -110,6 +112,7 @@ def read_step(environ: Mapping[str, str]) -> Step | None:
         local_size=per_node[_node_of(rank, per_node)],
         address=node_names(environ.get(NAMES["step_node_list"], "localhost"))[0],
         port=port_of(environ.get(NAMES["job"], "0"), environ[NAMES["step"]]),
+        cpus=_number("cpus_per_task", environ, 0) or None,
     )
 
 

@@ -260,12 +260,14 @@ def read_slurm_job(environ: Mapping[str, str] = os.environ) -> Job | None:
 
 
 def enter_step(world: World, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Tell torch which task of srun we are, and where the ranks meet unless the user has said so; else do nothing."""
+    """Tell torch which task of srun we are; where they meet and how many threads each has, unless the user has said so."""
     if world.step is None:
         return
     environ.update(_places(world))
     environ.setdefault("MASTER_ADDR", world.step.address)
     environ.setdefault("MASTER_PORT", str(world.step.port))
+    if world.step.cpus:
+        environ.setdefault("OMP_NUM_THREADS", str(world.step.cpus))
 
 
 def _places(world: World) -> dict[str, str]:

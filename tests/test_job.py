@@ -132,6 +132,21 @@ def test_a_template_works_by_hand(site: Site, alone: list[dict[str, Any]]) -> No
     assert_same(site.updates(f"runs/run-{job}"), alone, 1e-5)
 
 
+def test_srun_alone_starts_ranks_that_find_each_other(site: Site, alone: list[dict[str, Any]]) -> None:
+    script = site.folder / "plain.sbatch"
+    script.write_text(
+        "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=2 --cpus-per-task=1\n"
+        f"cd {site.folder}\nexport PYTHONPATH={ROOT} SHOAL_CACHE={site.folder}/cache\n"
+        f"srun --cpus-per-task=1 {sys.executable} -m launch.train run.yaml parallel.device=cpu --out run\n"
+    )
+    job = site.cluster.run("sbatch", "--parsable", f"--output={site.folder}/plain.log", str(script)).stdout.strip()
+    fields = site.cluster.wait_for(job, ("COMPLETED", "FAILED"), 120)
+    assert fields["JobState"] == "COMPLETED", (site.folder / "plain.log").read_text()
+    assert_same(site.updates(), alone, 1e-5)
+    plan = json.loads((site.folder / "run/plan.json").read_text())["plan"]
+    assert (plan["processes"]["nodes"], plan["processes"]["per_node"], plan["processes"]["threads"]) == (2, 2, 1)
+
+
 # --- interruptions ---------------------------------------------------------------------------------------
 
 

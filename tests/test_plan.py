@@ -27,6 +27,7 @@ from launch.errors import ConfigError, LaunchError, TopologyError
 from launch.explain import explain
 from launch.plan import Plan, as_json, decide, default_run_folder, make_plan
 from launch.recipe import Preview
+from launch.slurm_names import Step
 from launch.topology import Machine, World
 
 GOLDENS = Path(__file__).parent / "goldens" / "plan"
@@ -128,6 +129,14 @@ def test_a_plan_comes_back_from_its_json() -> None:
     for case in CASES.values():
         plan = planned(*case.overrides, machine=case.machine, world=case.world, preview=case.preview)
         assert Plan.model_validate_json(json.dumps(as_json(plan))) == plan
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(3, 3), (None, 2)])
+def test_a_task_of_srun_computes_with_its_own_cpus(cpus: int | None, threads: int) -> None:
+    """It may be bound to them, and see no others."""
+    step = Step(rank=1, size=2, local_rank=1, local_size=2, address="n1", port=1, cpus=cpus)
+    world = World(rank=1, size=2, local_rank=1, local_size=2, launched=True, step=step)
+    assert planned(machine=Machine("n1", 4, 0), world=world).processes.threads == threads
 
 
 def test_gpus_and_cpus_are_started_alike() -> None:

@@ -54,7 +54,9 @@ def test_the_job() -> None:
 
 
 def test_a_task_of_srun_knows_its_place() -> None:
-    assert read_step(STEP) == Step(rank=3, size=4, local_rank=1, local_size=2, address="n1", port=20000 + 77 * 37 + 1)
+    assert read_step(STEP) == Step(
+        rank=3, size=4, local_rank=1, local_size=2, address="n1", port=20000 + 77 * 37 + 1, cpus=3
+    )
     uneven = read_step({**STEP, "SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_PROCID": "3"})
     assert uneven is not None and uneven.local_size == 1
     world = read_world(STEP)
@@ -95,10 +97,12 @@ def test_where_tasks_meet_unless_the_user_has_said_so() -> None:
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "2",
     }
-    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("n1", "22850")
-    environ = {**STEP, "MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "5000"}
+    named = ("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    assert [environ[name] for name in named] == ["n1", "22850", "3"]
+    own = {"MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "5000", "OMP_NUM_THREADS": "1"}
+    environ = {**STEP, **own}
     enter_step(read_world(environ), environ)
-    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.9", "5000")
+    assert {name: environ[name] for name in named} == own
     environ = {}
     enter_step(read_world(environ), environ)
     assert environ == {}
