@@ -15,6 +15,24 @@ class Line:
     name: str
     value: str
     because: str = ""
+    keys: tuple[str, ...] = ()
+    """The keys of a run file that it follows from."""
+
+
+DEVICES = ("parallel.device", "parallel.devices", "parallel.nodes")
+EXTRAS = ("parallel.strategy", "train.optimizer", "train.activation_checkpointing", "train.compile")
+BATCH = ("train.global_batch_size", "train.micro_batch_size")
+LENGTH = ("train.max_steps", "train.epochs", "train.global_batch_size")
+SAVING = (
+    *("save.every_steps", "save.every_minutes", "save.keep_last"),
+    *("save.keep_best", "save.asynchronous"),
+)
+RATES = ("train.learning_rate", "train.schedule", "train.warmup_ratio", "train.warmup_steps")
+
+
+def consequences(plan: Plan, key: str) -> list[Line]:
+    """The facts of a plan that follow from a key."""
+    return [line for line in explain(plan) if key in line.keys]
 
 
 def explain(plan: Plan) -> list[Line]:
@@ -23,11 +41,11 @@ def explain(plan: Plan) -> list[Line]:
     threads = f"{processes.threads} CPU thread{'s' if processes.threads > 1 else ''} each"
     where = f"{processes.nodes} nodes × {processes.per_node}, " if processes.nodes > 1 else ""
     lines = [
-        Line("recipe", plan.config.recipe),
-        Line("processes", f"{processes.world_size} on {processes.device}", where + threads),
-        Line("strategy", processes.strategy, _extras_explained(train)),
-        Line("number formats", *_dtypes_explained(plan)),
-        Line("global batch", f"{batch.global_batch_size} samples", _batch_explained(plan)),
+        Line("recipe", plan.config.recipe, keys=("recipe",)),
+        Line("processes", f"{processes.world_size} on {processes.device}", where + threads, DEVICES),
+        Line("strategy", processes.strategy, _extras_explained(train), EXTRAS),
+        Line("number formats", *_dtypes_explained(plan), ("train.precision", "parallel.strategy")),
+        Line("global batch", f"{batch.global_batch_size} samples", _batch_explained(plan), (*BATCH, *DEVICES)),
     ]
     if batch.tokens_per_update:
         each = batch.tokens_per_update // batch.global_batch_size
@@ -36,17 +54,18 @@ def explain(plan: Plan) -> list[Line]:
                 "tokens per update",
                 f"{batch.tokens_per_update:,}",
                 f"{batch.global_batch_size} samples × {each} tokens",
+                BATCH[:1],
             )
         )
     lines.append(
         Line("training samples", "known after preparation" if length.samples is None else f"{length.samples:,}")
     )
-    lines.append(Line("updates", *_updates_explained(length, train.epochs)))
+    lines.append(Line("updates", *_updates_explained(length, train.epochs), LENGTH))
     if length.samples and (last := length.samples % batch.global_batch_size):
         why = f"of {batch.global_batch_size}; the mean is over these, none is dropped or repeated"
-        lines.append(Line("last of an epoch", f"{last} samples", why))
-    lines.append(Line("learning rate", *_rates_explained(length, plan.config)))
-    lines.append(Line("checkpoints", *_saving_explained(plan.config.save)))
+        lines.append(Line("last of an epoch", f"{last} samples", why, ("train.global_batch_size",)))
+    lines.append(Line("learning rate", *_rates_explained(length, plan.config), (*RATES, *LENGTH)))
+    lines.append(Line("checkpoints", *_saving_explained(plan.config.save), SAVING))
     lines.append(Line("run folder", plan.run_folder))
     return lines
 

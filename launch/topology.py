@@ -260,7 +260,7 @@ def read_slurm_job(environ: Mapping[str, str] = os.environ) -> Job | None:
 
 
 def enter_step(world: World, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Tell torch which task of srun we are; where they meet and how many threads each has, unless the user has said so."""
+    """Tell torch which task of srun we are; also where they meet, and its threads, unless the user has said so."""
     if world.step is None:
         return
     environ.update(_places(world))
