@@ -36,9 +36,10 @@ from launch.record import (
 )
 from launch.registry import find_run_file
 from launch.rollcall import RollCall, hosts_of_this_machine
+from launch.root_cause import End
 from launch.sbatch import step_command, step_environment
 from launch.slurm_names import Job
-from launch.supervise import POLL_SECONDS, End, Ending, Place, Signals, saved_updates, say, supervise
+from launch.supervise import POLL_SECONDS, Ending, Place, Signals, saved_updates, say, supervise
 from launch.sweep import SWEEP, write_comparison
 from launch.topology import ANNOUNCED, Machine, World, read_slurm_job, worker_environment
 
@@ -179,7 +180,7 @@ def _conclude(plan: Plan, folder: Path, job: Job, ending: Ending, told: int | No
     if ending.traceback:
         print(ending.traceback, file=sys.stderr)
     complain(ending.message)
-    interrupted = ending.stopped or ending.unreachable
+    interrupted = ending.stopped or (ending.cause is not None and ending.cause.unreachable)
     if not interrupted or told in (signal.SIGTERM, signal.SIGINT):
         return ending.exit_code
     if not plan.config.cluster.requeue:
@@ -199,8 +200,7 @@ class StepRanks:
     """Ranks that srun has started, on all nodes of the job; srun stands for them all."""
 
     def __init__(self, plan: Plan, folder: Path, roll: RollCall | None) -> None:
-        self.first_failure: End | None = None
-        self.killed: End | None = None
+        self.ends: list[End] = []
         self._told = False
         self._failed_at: float | None = None
         self._log = folder / "logs" / "launcher.log"
@@ -221,12 +221,10 @@ class StepRanks:
         """Notice that they have gone, or that one has failed."""
         code, now = self._process.poll(), time.monotonic()
         if self._failed_at is None or now - self._failed_at < AT_ONCE_SECONDS:
-            ends = failures(self._log.read_text(encoding="utf-8", errors="replace"))
-            self.first_failure = self.first_failure or (ends[0] if ends else None)
-            self.killed = self.killed or next((end for end in ends if end.code == -signal.SIGKILL), None)
-        if code and self.first_failure is None:
-            self.first_failure = End(code)
-        if self.first_failure and self._failed_at is None:
+            self.ends = failures(self._log.read_text(encoding="utf-8", errors="replace"))
+        if code and not self.ends:
+            self.ends = [End(code)]
+        if self.ends and self._failed_at is None:
             self._failed_at = now
 
     @property

@@ -15,7 +15,8 @@ import psutil
 from launch.plan import Plan
 from launch.processes import alive, die_with_parent, session_of
 from launch.rollcall import LOOPBACK, RollCall
-from launch.supervise import POLL_SECONDS, End, Ending, Place, supervise
+from launch.root_cause import End
+from launch.supervise import POLL_SECONDS, Ending, Place, supervise
 from launch.topology import ANNOUNCED, worker_environment
 
 GRACE_SECONDS = 10.0
@@ -39,8 +40,7 @@ class LocalRanks:
     """Ranks that are children of ours."""
 
     def __init__(self, plan: Plan, folder: Path, announcement: str | None, first_rank: int) -> None:
-        self.first_failure: End | None = None
-        self.killed: End | None = None
+        self.ends: list[End] = []
         self._told: set[int] = set()
         self._ended: set[int] = set()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -68,11 +68,8 @@ class LocalRanks:
             if code is None or rank in self._ended:
                 continue
             self._ended.add(rank)
-            end = End(code, rank, socket.gethostname())
             if code:
-                self.first_failure = self.first_failure or end
-            if code == -9:
-                self.killed = self.killed or end
+                self.ends.append(End(code, rank, socket.gethostname()))
 
     @property
     def left(self) -> int:

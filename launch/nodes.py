@@ -25,8 +25,9 @@ from launch.plan import Plan
 from launch.record import is_run_folder, read_plan
 from launch.resume import changes
 from launch.rollcall import RollCall, hosts_of_this_machine, is_silence, notice_silence
+from launch.root_cause import End
 from launch.sections import RunConfig
-from launch.supervise import ALONE_SECONDS, POLL_SECONDS, End, Ending, Place, Signals, say, supervise
+from launch.supervise import ALONE_SECONDS, POLL_SECONDS, Ending, Place, Signals, say, supervise
 from launch.topology import Machine, World
 
 REACH_SECONDS = 600.0
@@ -213,27 +214,24 @@ class _TeamRanks:
     def __init__(self, local: LocalRanks, lines: list[_Line]) -> None:
         self._local, self._lines = local, lines
         self._working = {*lines}
-        self.first_failure: End | None = None
-        self.killed: End | None = None
+        self.ends: list[End] = []
+        self._noted = 0
 
     def look(self) -> None:
         """Notice who has gone, here and there."""
         self._local.look()
-        self.first_failure = self.first_failure or self._local.first_failure
-        self.killed = self.killed or self._local.killed
+        self.ends += self._local.ends[self._noted :]
+        self._noted = len(self._local.ends)
         for line in self._lines:
             for message in line.read():
                 self._hear(line, message)
             if line.lost and line in self._working:
                 self._working.remove(line)
-                self.first_failure = self.first_failure or End(1, None, line.host)
+                self.ends.append(End(1, None, line.host))
 
     def _hear(self, line: _Line, message: dict[str, Any]) -> None:
-        if failed := message.get("failed"):
-            end = End(failed["code"], failed["rank"], line.host)
-            self.first_failure = self.first_failure or end
-            if end.code == -signal.SIGKILL:
-                self.killed = self.killed or end
+        for failed in message.get("failed", []):
+            self.ends.append(End(failed["code"], failed["rank"], line.host))
         if "left" in message:
             self._working.discard(line)
 
@@ -325,14 +323,12 @@ def _shared(folder: Path, address: Address) -> Path:
 def _work(plan: Plan, folder: Path, line: _Line, begun: dict[str, Any], signals: Signals) -> None:
     """Start the ranks of this machine and see them through; what the leader must know is sent to it."""
     ranks = LocalRanks(plan, folder, begun["announcement"], begun["first_rank"])
-    reported = False
+    reported = 0
     alone_since: float | None = None
     try:
         while ranks.left:
             ranks.look()
-            if ranks.first_failure and not reported:
-                reported = True
-                line.send(failed={"rank": ranks.first_failure.rank, "code": ranks.first_failure.code})
+            reported = _report(ranks, reported, line)
             messages = line.read(POLL_SECONDS)
             if any("stop" in message for message in messages):
                 return
@@ -349,6 +345,12 @@ def _work(plan: Plan, folder: Path, line: _Line, begun: dict[str, Any], signals:
                 time.sleep(POLL_SECONDS)
     finally:
         ranks.end()
-        if ranks.first_failure and not reported:
-            line.send(failed={"rank": ranks.first_failure.rank, "code": ranks.first_failure.code})
+        _report(ranks, reported, line)
         line.send(left=True)
+
+
+def _report(ranks: LocalRanks, reported: int, line: _Line) -> int:
+    """Tell the leader of the ranks that have failed since; how many it knows of now."""
+    if new := ranks.ends[reported:]:
+        line.send(failed=[{"rank": end.rank, "code": end.code} for end in new])
+    return len(ranks.ends)

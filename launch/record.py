@@ -11,7 +11,7 @@ export/         the trained model as a Hugging Face folder
 adapter/        where adapters were trained, these alone
 result.json     how it ended well
 stopped.json    which signal stopped it, and after which update
-failure-N.json  how rank N failed
+failure-N.json  how rank N failed; failure.json: why the run has
 attempts/       logs and endings of earlier starts
 job.sbatch      the script of a SLURM job; slurm-N.log: what it says
 submitted.json  the jobs that were submitted; slurm.json: each start of one
@@ -113,7 +113,7 @@ def changed_settings(plan: Plan) -> list[str]:
 def put_aside(folder: Path) -> None:
     """Move what belongs to an earlier start alone, logs, endings and plan, into attempts/N/."""
     logs = folder / "logs"
-    told = [*folder.glob("failure-*.json"), *folder.glob("stopped.json")]
+    told = [*folder.glob("failure*.json"), *folder.glob("stopped.json")]
     if not told and not (logs.is_dir() and any(logs.iterdir())):
         return
     attempts = folder / "attempts"

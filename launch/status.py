@@ -13,6 +13,7 @@ from launch import slurm
 from launch.errors import RunFolderError, TopologyError
 from launch.plan import Plan
 from launch.record import held, is_finished, is_run_folder, read_json, read_plan
+from launch.root_cause import Cause, find_cause, read_cause
 from launch.slurm import Queued
 from launch.stop import STOPPED
 from launch.submit import SUBMITTED
@@ -139,14 +140,17 @@ def _state(run: Path, job: Queued | None) -> tuple[str, str]:
         return "running", "on this machine"
     if job is not None and job.state == "CANCELLED":
         return "cancelled", _way_on(run)
-    failures = [read_json(path) for path in run.glob("failure-*.json")]
-    if failures:
-        return "failed", min(failures, key=lambda failure: failure["time"])["message"].splitlines()[0]
+    if cause := read_cause(run) or _cause_without_launcher(run):
+        return "failed", cause.message.splitlines()[0]
     if stopped := read_json(run / STOPPED):
         return "stopped", f"{stopped['signal']} after update {stopped['update']}; {_way_on(run)}"
     if job is not None:
         return "failed", f"{job.state}, exit code {job.exit_code}; {_way_on(run)}"
     return "begun", _way_on(run)
+
+
+def _cause_without_launcher(run: Path) -> Cause | None:
+    return find_cause(run, (), (), None) if any(run.glob("failure-*.json")) else None
 
 
 def _waiting(job: Queued) -> str:

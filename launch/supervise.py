@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from launch.errors import INTERRUPTED, PREEMPTED, TopologyError
 from launch.plan import Plan
 from launch.record import put_aside, read_json
 from launch.rollcall import RollCall
-from launch.stop import SIGNALS, STOPPED, exit_code, receivable, spoken
+from launch.root_cause import Cause, End, count_out_of_memory_kills, find_cause, write_cause
+from launch.stop import STOPPED, exit_code, receivable, spoken
 
 ALONE_SECONDS = 20.0
 """How long ranks may stay where others have failed or left: they wait for the dead."""
@@ -33,26 +35,11 @@ LONGEST_PAUSE_SECONDS = 30.0
 POLL_SECONDS = 0.1
 
 
-@dataclass(frozen=True)
-class End:
-    """How a rank has ended."""
-
-    code: int
-    """Its exit code; of a signal, the negative number."""
-    rank: int | None = None
-    host: str = ""
-
-    def __str__(self) -> str:
-        return "a worker" if self.rank is None else f"rank {self.rank} ({self.host})"
-
-
 class Ranks(Protocol):
     """The ranks of one attempt."""
 
-    first_failure: End | None
-    """The first to end with another code than 0."""
-    killed: End | None
-    """The first to be ended by SIGKILL, and not by us."""
+    ends: list[End]
+    """How those have ended that did not end with 0, and were not ended by us; in the order that was seen."""
 
     def look(self) -> None:
         """Notice who has come and who has gone."""
@@ -75,10 +62,8 @@ class Ending:
     exit_code: int
     message: str = ""
     traceback: str = ""
-    killed: bool = False
-    """Whether a worker was ended by SIGKILL, as the kernel does when memory runs out."""
-    unreachable: bool = False
-    """Whether ranks were lost because their host, or the network, no longer answers."""
+    cause: Cause | None = None
+    """Why, where it has failed."""
 
     @property
     def stopped(self) -> bool:
@@ -195,6 +180,7 @@ class Signals:
 def _attempt(plan: Plan, folder: Path, start: Start, place: Place, signals: Signals) -> Ending:
     """Start the workers once."""
     put_aside(folder)
+    killed_before = count_out_of_memory_kills()
     size = plan.processes.world_size
     roll = RollCall(size, place.hosts, place.nodes) if size > 1 else None
     try:
@@ -206,7 +192,9 @@ def _attempt(plan: Plan, folder: Path, start: Start, place: Place, signals: Sign
     finally:
         if roll:
             roll.close()
-    return _ending(folder, ranks, roll, signals)
+    killed_after = count_out_of_memory_kills()
+    kills = None if killed_before is None or killed_after is None else killed_after - killed_before
+    return _ending(folder, ranks.ends, roll, kills, signals)
 
 
 def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, threads: int, signals: Signals) -> None:
@@ -234,7 +222,7 @@ def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, threads: int, sign
             _compare_cpus(roll, threads)
         if roll and roll.problem and not alone_since:
             roll.refuse()
-        alone = ranks.first_failure or _nothing_to_save(folder) or (roll and (roll.problem or _silent(roll)))
+        alone = ranks.ends or _nothing_to_save(folder) or (roll and (roll.problem or _silent(roll)))
         if signals.first is not None:
             ranks.tell(signals.first)
         elif alone:
@@ -270,31 +258,35 @@ def _nothing_to_save(folder: Path) -> bool:
 # --- endings ---------------------------------------------------------------------------------------------
 
 
-def _ending(folder: Path, ranks: Ranks, roll: RollCall | None, signals: Signals) -> Ending:
+def _ending(
+    folder: Path, ends: list[End], roll: RollCall | None, out_of_memory_kills: int | None, signals: Signals
+) -> Ending:
     """How it ended: done, stopped or failed."""
     if signals.again:
         return Ending(INTERRUPTED, f"stopped by Ctrl-C without saving; {_way_on(folder)}")
-    first = ranks.first_failure.code if ranks.first_failure else None
-    asked = first is None or first in (INTERRUPTED, PREEMPTED) or -first in SIGNALS
+    first = ends[0].code if ends else None
+    asked = not ends or ends[0].was_asked
     if asked and (folder / "result.json").is_file():
         return Ending(0)
     stopped: dict[str, Any] | None = read_json(folder / STOPPED)
     saved = stopped is not None and bool(stopped["update"] or stopped["checkpoint"])
-    failures = [read_json(path) for path in folder.glob("failure-*.json")]
+    failed = any(folder.glob("failure-*.json"))
     if roll and roll.problem:
         return Ending(TopologyError.exit_code, roll.problem)
     # Where nobody asked us, a worker's death is the cause and the stop its consequence: `_watch` has told the others.
     # Only ranks that have saved together were all there.
-    lost = ranks.killed is not None and not saved
-    if lost and (signals.first is None or failures):
-        return _failure(folder, failures, ranks, roll)
-    if stopped and (saved or asked or signals.first is not None):
-        return _stopped(folder, signals.first or signal.Signals[stopped["signal"]], stopped)
-    if first and asked:
-        return _stopped(folder, signals.first or (-first if first < 0 else signal.SIGTERM))
-    if signals.first is not None and not failures and not lost:
-        return _stopped(folder, signals.first)
-    return _failure(folder, failures, ranks, roll)
+    lost = any(end.code == -signal.SIGKILL for end in ends) and not saved
+    if not (lost and (signals.first is None or failed)):
+        if stopped and (saved or asked or signals.first is not None):
+            return _stopped(folder, signals.first or signal.Signals[stopped["signal"]], stopped)
+        if first and asked:
+            return _stopped(folder, signals.first or (-first if first < 0 else signal.SIGTERM))
+        if signals.first is not None and not failed and not lost:
+            return _stopped(folder, signals.first)
+    here = all(end.host in ("", socket.gethostname()) for end in ends)
+    cause = find_cause(folder, ends, roll.gone if roll else (), out_of_memory_kills if here else None)
+    write_cause(folder, cause)
+    return Ending(cause.exit_code, cause.message, cause.traceback, cause)
 
 
 def _stopped(folder: Path, number: int, stopped: dict[str, Any] | None = None) -> Ending:
@@ -314,38 +306,3 @@ def _way_on(folder: Path) -> str:
     if saved := saved_updates(folder):
         return f"go on from update {saved} with: shoal resume {folder}"
     return f"nothing was saved, the record is in {folder}"
-
-
-def _failure(folder: Path, failures: list[Any], ranks: Ranks, roll: RollCall | None) -> Ending:
-    """What went wrong: the failure that a rank wrote down first, else the end of the logs."""
-    if ranks.killed:  # what the other ranks say then is only that they have lost it
-        return Ending(
-            1,
-            f"{ranks.killed} was killed by SIGKILL, as the kernel does when the machine's memory runs out; "
-            f"logs: {folder / 'logs'}",
-            killed=True,
-        )
-    if roll and _silent(roll):
-        hosts: dict[str, list[int]] = {}
-        for gone in roll.gone:
-            if gone.silent:
-                hosts.setdefault(gone.host, []).append(gone.rank)
-        shown = "; ".join(f"{host} (rank {', '.join(map(str, sorted(found)))})" for host, found in hosts.items())
-        message = f"no answer from {shown}: the host is down, or the network between; logs: {folder / 'logs'}"
-        return Ending(1, message, unreachable=True)
-    if failures:
-        earliest = min(failures, key=lambda failure: failure["time"])
-        return Ending(earliest["exit_code"], earliest["message"], earliest["traceback"])
-    code = ranks.first_failure.code if ranks.first_failure else 0
-    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    tail = "\n".join(f"  {line}" for path in _logs(folder) for line in _last_lines(path))
-    who = str(ranks.first_failure) if ranks.first_failure and ranks.first_failure.rank is not None else "the workers"
-    return Ending(1, f"{who} ended without a word ({how}); logs: {folder / 'logs'}", tail)
-
-
-def _logs(folder: Path) -> list[Path]:
-    return sorted((folder / "logs").glob("*.log"))
-
-
-def _last_lines(path: Path, count: int = 10) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]

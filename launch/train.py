@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
 import signal
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Train, and end with the exit code that `launch.errors` gives to what happened."""
+    faulthandler.enable()  # a crash of compiled code leaves Python's stack in the log
     stop = StopRequest()
     stop.install()
     arguments = _read_arguments(sys.argv[1:])
@@ -153,6 +155,8 @@ class Start:
     """Of the run folder; on rank 0, where no launcher holds it."""
     meeting: Meeting | None = None
     """Where the ranks meet, and the line to the launcher, where it calls the roll."""
+    run: Run | None = None
+    """The run, once it is built."""
     store: Any = None
     """What ranks find each other by; on rank 0, as long as it lives."""
 
@@ -249,6 +253,7 @@ def _report_failure(world: World, start: Start | None, message: str, exit_code: 
             "exit_code": exit_code,
             "message": f"rank {rank} ({socket.gethostname()}): {message}" if trace else message,
             "traceback": trace,
+            "update": start.run.updates_done if start and start.run else None,
             "time": time.time(),
         }
         write_json(folder / f"failure-{rank}.json", failure)
@@ -298,7 +303,7 @@ def work(start: Start, stop: StopRequest) -> None:
         with _memory_may_run_out(start):
             if start.weights:
                 prepared = _with_weights(prepared, start.weights)
-            run = Run(start.plan, folder, prepared, data, accelerator, display, lambda: stop.number)
+            run = start.run = Run(start.plan, folder, prepared, data, accelerator, display, lambda: stop.number)
             if start.trials:
                 return _try_sizes(run)
             if start.weights:

@@ -34,7 +34,7 @@ def find(plan: Plan, say: Callable[[str], None]) -> Fits:
     trial = plan.model_copy(update={"run_folder": str(folder), "command": command})
     with held(create_run_folder(trial)):
         ending = local.run(trial, folder, restarts=False)
-    ended_by_memory = ending.exit_code == MemoryExhaustedError.exit_code or ending.killed
+    ended_by_memory = ending.exit_code == MemoryExhaustedError.exit_code or (ending.cause and ending.cause.killed)
     if ending.exit_code and not ended_by_memory:
         if ending.traceback:
             say(ending.traceback)

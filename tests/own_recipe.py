@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import signal
@@ -41,6 +42,10 @@ class Args(RecipeArgs):
     """A rank that kills itself by SIGKILL."""
     dying_after: int = 0
     """After how many forward passes of each process it does so."""
+    failing_rank: int | None = None
+    """A rank that fails in its fifth forward pass."""
+    failing_by: str = "raising"
+    """How it fails: raising, segfault or exit."""
 
 
 class InOrder:
@@ -51,6 +56,15 @@ class InOrder:
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self._rows)
+
+
+def fail(how: str) -> None:
+    """Fail as programs do."""
+    if how == "segfault":
+        ctypes.string_at(0)
+    if how == "exit":
+        os._exit(3)
+    raise ValueError("the fifth batch is odd")
 
 
 def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
@@ -68,6 +82,8 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
         time.sleep(args.seconds_per_batch)
         if os.environ.get("RANK", "0") == str(args.dying_rank) and next(passes) == args.dying_after:
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("RANK", "0") == str(args.failing_rank) and next(passes) == 4:
+            fail(args.failing_by)
         if os.environ.get("RANK", "0") == str(args.greedy_rank) and len(batch["input_ids"]) >= args.greedy_from:
             torch.empty(2**50)
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1]

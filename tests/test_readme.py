@@ -82,7 +82,7 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
     there = {path.relative_to(tmp_path / "runs/first").as_posix() for path in (tmp_path / "runs/first").rglob("*")}
     patterns = {"rank-N.log": "rank-0.log", "/": ""}
     only_sometimes = {
-        *("checkpoints/step-*/", "stopped.json", "failure-N.json", "attempts/N/", "deepspeed.json"),
+        *("checkpoints/step-*/", "stopped.json", "failure.json", "failure-N.json", "attempts/N/", "deepspeed.json"),
         *("metrics-discarded.jsonl", "adapter/"),
         *("job.sbatch", "slurm-N.log", "submitted.json", "slurm.json"),
     }

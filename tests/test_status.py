@@ -14,6 +14,7 @@ from launch.errors import RunFolderError
 from launch.plan import make_plan
 from launch.recipe import Preview
 from launch.record import create_run_folder, held, write_json
+from launch.root_cause import Cause, write_cause
 from launch.slurm import Queued
 from launch.status import Status, _status, everything, log_of, status
 from launch.sweep import compare, write_comparison, write_sweep
@@ -64,14 +65,18 @@ def test_how_runs_end(run: Callable[..., Path]) -> None:
     write_json(stopped / "stopped.json", {"signal": "SIGUSR1", "update": 7, "checkpoint": None})
     failed = run("failed", 7)
     for rank, time in ((0, 12.0), (3, 11.0)):
-        content = {"rank": rank, "time": time, "message": f"rank {rank} (n2): ValueError: no\nmore"}
+        content = {"rank": rank, "host": "n2", "time": time, "message": f"rank {rank} (n2): ValueError: no\nmore"}
+        content |= {"exit_code": 1, "traceback": ""}
         write_json(failed / f"failure-{rank}.json", content)
+    known = run("known", 7)
+    write_cause(known, Cause(1, "rank 1 (n1) was killed by SIGKILL\nafter update 7"))
     finished = run("finished", 100)
     write_json(finished / "result.json", {"summary": "validation loss: 5 → 4\nmodel: there"})
     found = {Path(each.run).name: (each.state, each.because) for each in everything(failed.parent)}
     assert found == {
         "stopped": ("stopped", "SIGUSR1 after update 7; nothing was saved"),
         "failed": ("failed", "rank 3 (n2): ValueError: no"),
+        "known": ("failed", "rank 1 (n1) was killed by SIGKILL"),
         "finished": ("finished", "validation loss: 5 → 4"),
     }
 
