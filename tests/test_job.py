@@ -198,6 +198,20 @@ def test_a_run_that_is_interrupted_four_times_ends_with_the_same_weights(site: S
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_preempted_job_that_has_time_saves_and_is_queued_again(slurm: None, tmp_path: Path) -> None:  # noqa: ARG001
+    """SLURM tells its tasks alone then, not the batch script, and lets the job end before it would queue it again."""
+    with Cluster(grace=120) as cluster:
+        site = Site(cluster, tmp_path)
+        job = site.submit(*TWO_BY_TWO, *SLOW, "--out", "run")
+        site.until(site.has_done(3))
+        cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+        site.until(lambda: f"job {job} is queued again" in site.log(), 60)
+        stopped = json.loads((tmp_path / "run/stopped.json").read_text())
+        assert stopped["signal"] == "SIGTERM" and stopped["checkpoint"] == f"checkpoints/step-{stopped['update']:06d}"
+        assert len(site.updates()) == stopped["update"], "nothing is lost"
+        assert cluster.wait_for(job, "PENDING")["Restarts"] == "1"
+
+
 def test_a_job_that_is_cancelled_is_not_queued_again_and_goes_on_when_it_is_submitted(site: Site) -> None:
     job = site.submit(*TWO_BY_TWO, *SLOW, "--out", "run")
     site.until(site.has_done(3))
