@@ -242,6 +242,9 @@ class StepRanks:
             self._told = True
             self._process.send_signal(signal.SIGUSR1)
 
+    def ask_for_stack(self, rank: int) -> None:
+        """Not to be had: srun tells all tasks or none."""
+
     def end(self) -> None:
         """See that nothing is left."""
         self.look()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
@@ -82,6 +83,12 @@ class LocalRanks:
             if rank not in self._told:
                 self._told.add(rank)
                 process.send_signal(number)  # does nothing where it has ended
+
+    def ask_for_stack(self, rank: int) -> None:
+        """Have a rank write its stack to its log; one that was stopped has to go on for that."""
+        if process := self._processes.get(rank):
+            process.send_signal(signal.SIGQUIT)
+            process.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
         """See that nothing is left: what is, is asked to leave, and killed after the grace.

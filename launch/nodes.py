@@ -246,6 +246,10 @@ class _TeamRanks:
         for line in self._working:
             line.send(tell=number)
 
+    def ask_for_stack(self, rank: int) -> None:
+        """Have a rank of this machine write its stack to its log."""
+        self._local.ask_for_stack(rank)
+
     def end(self) -> None:
         """See that nothing is left, here or there."""
         for line in self._working:

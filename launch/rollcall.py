@@ -23,6 +23,8 @@ from typing import Any
 import psutil
 
 from launch.errors import TopologyError
+from launch.hangs import Heard
+from launch.pulse import Beat
 
 MISSING_SECONDS = 40.0
 """How long after the last answer the ranks that have not answered count as missing."""
@@ -86,6 +88,8 @@ class RollCall:
         """Why the ranks cannot meet."""
         self.gone: list[Gone] = []
         """Ranks that have gone after they had met, in order."""
+        self.heard: dict[int, Heard] = {}
+        """The last beat of each rank."""
         self.met: list[Answer] = []
         """All ranks, once they have met."""
         self._world_size, self._nodes = world_size, nodes
@@ -101,6 +105,11 @@ class RollCall:
         port = self._listener.getsockname()[1]
         self.announcement = f"{self._token}@" + ",".join(f"{host}:{port}" for host in hosts)
         """What ranks must be told: `token@host:port,host:port …`, to be tried in this order."""
+
+    @property
+    def there(self) -> int:
+        """How many of those that have met are there still."""
+        return len(self.met) - len(self.gone)
 
     def close(self) -> None:
         """Forget all ranks."""
@@ -128,7 +137,7 @@ class RollCall:
 
     def _hear(self, caller: _Caller) -> None:
         try:
-            text = caller.connection.recv(65536)
+            text = caller.connection.recv(1 << 20)
         except BlockingIOError:
             return
         except OSError as error:
@@ -137,8 +146,8 @@ class RollCall:
             caller.text += text
             if not text:
                 self._lose(caller, silent=False)
-            elif caller.answer is None and caller.text.endswith(b"\n"):
-                self._register(caller)
+            elif caller.text.endswith(b"\n"):
+                self._register(caller) if caller.answer is None else self._note(caller, caller.answer)
 
     def _register(self, caller: _Caller) -> None:
         try:
@@ -158,7 +167,16 @@ class RollCall:
                 f"rank {answer.rank} ({answer.host}) was started in a world of {answer.world_size}, but the plan says "
                 f"{self._world_size}"
             )
+        caller.text = b""
         self._callers[answer.rank] = caller
+
+    def _note(self, caller: _Caller, answer: Answer) -> None:
+        """Keep the last beat of a rank."""
+        line = caller.text.splitlines()[-1]
+        caller.text = b""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            beat = Beat(**json.loads(line)["beat"])
+            self.heard[answer.rank] = Heard(answer.host, beat, time.monotonic())
 
     def _drop(self, caller: _Caller) -> None:
         self._selector.unregister(caller.connection)
@@ -169,6 +187,7 @@ class RollCall:
         if caller.answer is None:
             return
         if self.met:
+            self.heard.pop(caller.answer.rank, None)
             self.gone.append(Gone(caller.answer.rank, caller.answer.host, silent))
         elif self._callers.get(caller.answer.rank) is caller:
             del self._callers[caller.answer.rank]

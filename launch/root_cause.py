@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import INTERRUPTED, PREEMPTED
+from launch.hangs import Hang
 from launch.record import read_json, write_json
 from launch.rollcall import Gone
 from launch.stop import SIGNALS
@@ -81,6 +82,14 @@ def find_cause(folder: Path, ends: Sequence[End], gone: Iterable[Gone], out_of_m
     if failures:
         return _told(folder, min(failures, key=lambda failure: (is_noise(failure["message"]), failure["time"])))
     return Cause(1, f"the workers ended without a word; logs: {folder / 'logs'}", traceback=_tails(folder))
+
+
+def hang_cause(folder: Path, hang: Hang, log: str) -> Cause:
+    """The cause where a rank has kept the others waiting for too long; `log`: its stack, where it had to be asked."""
+    path = _log_of(folder, hang.rank)
+    stack = log or "\n".join(f"  {line}" for line in hang.beat.stack)
+    shown = f"; log: {path}" if path else ""
+    return Cause(1, f"{hang}{shown}", hang.rank, hang.host, hang.beat.update, str(path) if path else None, stack)
 
 
 def is_noise(message: str) -> bool:

@@ -152,6 +152,9 @@ class ParallelSection(Section):
     """Your own DeepSpeed JSON, checked, completed from this run file and passed on; null: none is needed."""
     timeout_seconds: float = Field(1800.0, gt=0)
     """How long a process waits for the others to join in an exchange before it gives up."""
+    hang_seconds: float | None = Field(300.0, gt=0)
+    """How long all processes may stand still, one of them keeping the others waiting; the first update and saving may
+    take six times as long; null: as long as parallel.timeout_seconds."""
     max_restarts: int = Field(0, ge=0)
     """After a crash, start again from the newest checkpoint, at most so many times without a newer one in between."""
     data_workers: int = Field(0, ge=0)

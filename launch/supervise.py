@@ -18,10 +18,11 @@ from typing import Any, Protocol
 
 from launch.checkpoints import newest_complete, update_of
 from launch.errors import INTERRUPTED, PREEMPTED, TopologyError
+from launch.hangs import Hang, find_hang
 from launch.plan import Plan
 from launch.record import put_aside, read_json
 from launch.rollcall import RollCall
-from launch.root_cause import Cause, End, count_out_of_memory_kills, find_cause, write_cause
+from launch.root_cause import Cause, End, count_out_of_memory_kills, find_cause, hang_cause, write_cause
 from launch.stop import STOPPED, exit_code, receivable, spoken
 
 ALONE_SECONDS = 20.0
@@ -29,6 +30,14 @@ ALONE_SECONDS = 20.0
 
 AGAIN_SECONDS = 0.5
 """A Ctrl-C this soon after a signal is the same one: a terminal, and a launcher around us, may both send it."""
+
+STEADY_SECONDS = 10.0
+"""How long we must have listened without a break before what was not heard counts."""
+
+STACK_SECONDS = 1.0
+"""How long a rank may take to write its stack."""
+
+STACK_LINES = 30
 
 LONGEST_PAUSE_SECONDS = 30.0
 
@@ -50,6 +59,9 @@ class Ranks(Protocol):
 
     def tell(self, number: int) -> None:
         """Send a signal to every rank, once to each."""
+
+    def ask_for_stack(self, rank: int) -> None:
+        """Have a rank that tells nothing write its stack to its log, if that can be."""
 
     def end(self) -> None:
         """See that nothing is left."""
@@ -186,7 +198,8 @@ def _attempt(plan: Plan, folder: Path, start: Start, place: Place, signals: Sign
     try:
         ranks = start(plan, folder, roll)
         try:
-            _watch(ranks, roll, folder, plan.processes.threads, signals)
+            hang = _watch(ranks, roll, folder, plan, signals)
+            stack = _stack_of(hang, ranks, folder) if hang else ""
         finally:
             ranks.end()
     finally:
@@ -194,23 +207,43 @@ def _attempt(plan: Plan, folder: Path, start: Start, place: Place, signals: Sign
             roll.close()
     killed_after = count_out_of_memory_kills()
     kills = None if killed_before is None or killed_after is None else killed_after - killed_before
+    if hang and signals.first is None:
+        cause = hang_cause(folder, hang, stack)
+        write_cause(folder, cause)
+        return Ending(cause.exit_code, cause.message, cause.traceback, cause)
     return _ending(folder, ranks.ends, roll, kills, signals)
 
 
-def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, threads: int, signals: Signals) -> None:
-    """Wait until the workers have left, or must be ended.
+def _stack_of(hang: Hang, ranks: Ranks, folder: Path) -> str:
+    """The stack of a rank that hangs, as it writes it to its log when it is asked."""
+    if hang.silent:
+        log = folder / "logs" / f"rank-{hang.rank}.log"
+        size = log.stat().st_size if log.is_file() else 0
+        ranks.ask_for_stack(hang.rank)
+        time.sleep(STACK_SECONDS)
+        if log.is_file():
+            with log.open("rb") as file:
+                file.seek(size)
+                written = file.read().decode(errors="replace").splitlines()
+            return "\n".join(f"  {line}" for line in written[:STACK_LINES])
+    return ""
+
+
+def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, plan: Plan, signals: Signals) -> Hang | None:
+    """Wait until the workers have left, or must be ended; the rank that hangs, if that is why.
 
     Signals are passed on, and ranks may take as long as they need to save; but not where there is nothing to save, or
     where others have left them behind.
     """
     announced = compared = False
+    steady_since = looked_at = time.monotonic()
     alone_since: float | None = None
     while True:
         if roll:
             roll.look()
         ranks.look()
         if not ranks.left:
-            return
+            return None
         if signals.first is not None and not announced:
             announced = True
             say(
@@ -219,7 +252,7 @@ def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, threads: int, sign
             )
         if roll and roll.met and not compared:
             compared = True
-            _compare_cpus(roll, threads)
+            _compare_cpus(roll, plan.processes.threads)
         if roll and roll.problem and not alone_since:
             roll.refuse()
         alone = ranks.ends or _nothing_to_save(folder) or (roll and (roll.problem or _silent(roll)))
@@ -228,11 +261,17 @@ def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, threads: int, sign
         elif alone:
             ranks.tell(signal.SIGTERM)
         if signals.again:
-            return
+            return None
+        now, limit = time.monotonic(), plan.config.parallel.hang_seconds
+        if now - looked_at > STEADY_SECONDS:  # it was us who stood still, stopped by Ctrl-Z say
+            steady_since = now
+        looked_at = now
+        if roll and limit and now - steady_since > STEADY_SECONDS and (hang := _hang(roll, now, limit)):
+            return hang
         if alone:
             alone_since = alone_since or time.monotonic()
             if time.monotonic() - alone_since > ALONE_SECONDS:
-                return
+                return None
         time.sleep(POLL_SECONDS)
 
 
@@ -243,6 +282,10 @@ def _compare_cpus(roll: RollCall, threads: int) -> None:
         shown = ", ".join(f"rank {answer.rank} ({answer.host}) {answer.cpus}" for answer in few[:4])
         more = f" and {len(few) - 4} more" if len(few) > 4 else ""
         say(f"fewer CPUs than the {threads} threads that were planned for each rank: {shown}{more}; this will be slow")
+
+
+def _hang(roll: RollCall, now: float, limit: float) -> Hang | None:
+    return find_hang(roll.heard, roll.there, now, limit)
 
 
 def _silent(roll: RollCall) -> bool:

@@ -35,6 +35,7 @@ from launch.fitting import TRIALS, advice
 from launch.outside import refuse_another
 from launch.plan import Plan, decide, python_environment
 from launch.prepare import prepare
+from launch.pulse import start_pulse
 from launch.recipe import Prepared
 from launch.record import (
     changed_settings,
@@ -200,6 +201,7 @@ def begin(arguments: argparse.Namespace, world: World) -> Start | None:
     start = Start(plan, recipe_of(plan.config), world, given, arguments.trials, arguments.weights)
     if announced := roll_call():
         start.meeting = _meet(announced, world)
+        start_pulse(start.meeting.launcher, lambda: start.run.updates_done if start.run else 0)
     return start
 
 
@@ -223,6 +225,7 @@ def _meet(announced: str, world: World) -> Meeting:
         )
         os._exit(1)
 
+    faulthandler.register(signal.SIGQUIT, all_threads=True)  # works also while something holds Python's lock
     meeting.watch(ended=lambda: os.kill(os.getpid(), signal.SIGTERM), silent=cut_off)
     return meeting
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ class Args(RecipeArgs):
     failing_rank: int | None = None
     """A rank that fails in its fifth forward pass."""
     failing_by: str = "raising"
-    """How it fails: raising, segfault or exit."""
+    """raising, segfault or exit; or how it hangs: asleep, holding_the_lock, stopped, barrier, data or saving."""
 
 
 class InOrder:
@@ -58,12 +59,38 @@ class InOrder:
         return iter(self._rows)
 
 
+class SlowRows(list[list[int]]):
+    """Rows of which one can hardly be read."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == 9:
+            time.sleep(600)
+        return super().__getitem__(index)
+
+
+def slow_down_saving() -> None:
+    """Have checkpoints of this process never be written."""
+    from launch.engine import shards
+
+    shards.write_file = lambda *args, **options: time.sleep(600)
+
+
 def fail(how: str) -> None:
-    """Fail as programs do."""
+    """Fail as programs do, or hang."""
     if how == "segfault":
         ctypes.string_at(0)
     if how == "exit":
         os._exit(3)
+    if how == "asleep":
+        time.sleep(600)
+    if how == "holding_the_lock":
+        re.match(r"(a+)+$", "a" * 64 + "b")
+    if how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "barrier":
+        import torch
+
+        torch.distributed.barrier()
     raise ValueError("the fifth batch is odd")
 
 
@@ -77,12 +104,17 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
     rows = [[(start + step) % 11 for step in range(8)] for start in range(16)]
 
     passes = itertools.count()
+    fails = os.environ.get("RANK", "0") == str(args.failing_rank)
+    if fails and args.failing_by == "data":
+        rows = SlowRows(rows)
+    if fails and args.failing_by == "saving":
+        slow_down_saving()
 
     def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
         time.sleep(args.seconds_per_batch)
         if os.environ.get("RANK", "0") == str(args.dying_rank) and next(passes) == args.dying_after:
             os.kill(os.getpid(), signal.SIGKILL)
-        if os.environ.get("RANK", "0") == str(args.failing_rank) and next(passes) == 4:
+        if fails and args.failing_by not in ("data", "saving") and next(passes) == 4:
             fail(args.failing_by)
         if os.environ.get("RANK", "0") == str(args.greedy_rank) and len(batch["input_ids"]) >= args.greedy_from:
             torch.empty(2**50)
