@@ -266,7 +266,9 @@ def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, plan: Plan, signal
         if now - looked_at > STEADY_SECONDS:  # it was us who stood still, stopped by Ctrl-Z say
             steady_since = now
         looked_at = now
-        if roll and limit and now - steady_since > STEADY_SECONDS and (hang := _hang(roll, now, limit)):
+        listened = now - steady_since > STEADY_SECONDS
+        hang = find_hang(roll.heard, roll.there, now, limit) if roll and limit and listened else None
+        if hang:
             return hang
         if alone:
             alone_since = alone_since or time.monotonic()
@@ -282,10 +284,6 @@ def _compare_cpus(roll: RollCall, threads: int) -> None:
         shown = ", ".join(f"rank {answer.rank} ({answer.host}) {answer.cpus}" for answer in few[:4])
         more = f" and {len(few) - 4} more" if len(few) > 4 else ""
         say(f"fewer CPUs than the {threads} threads that were planned for each rank: {shown}{more}; this will be slow")
-
-
-def _hang(roll: RollCall, now: float, limit: float) -> Hang | None:
-    return find_hang(roll.heard, roll.there, now, limit)
 
 
 def _silent(roll: RollCall) -> bool:
