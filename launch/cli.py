@@ -13,6 +13,7 @@ from launch import __version__, local
 from launch.cache import Cache
 from launch.cli_arguments import AsJson, CommandWithKeys, DebugCpu, Out, Overrides, Rdzv, RunFile
 from launch.cli_cluster import cancel_command, logs_command, status_command, submit_command
+from launch.cli_doctor import doctor_command
 from launch.cli_plan import decide_as_asked, explain_command, plan_command, print_plan
 from launch.cli_proofs import chaos_command, parity_command
 from launch.cli_recipes import prepare_command, recipes_app, schema_command, tokenize_command
@@ -158,6 +159,7 @@ def _learn_from_too_large(plan: Plan, cache: Cache) -> None:
 
 app.command("plan", cls=CommandWithKeys)(plan_command)
 app.command("explain", cls=CommandWithKeys)(explain_command)
+app.command("doctor")(doctor_command)
 app.command("submit", cls=CommandWithKeys)(submit_command)
 app.command("status")(status_command)
 app.command("logs")(logs_command)

@@ -51,7 +51,8 @@ class LocalRanks:
                 environment = {**plan.environment, "SHOAL_SUPERVISED": "1"}
                 if announcement:
                     environment[ANNOUNCED] = announcement
-                    environment |= world_variables(plan, rank, local_rank)
+                    processes = plan.processes
+                    environment |= world_variables(rank, processes.world_size, local_rank, processes.per_node)
                 self._processes[rank] = subprocess.Popen(
                     plan.command,
                     env=worker_environment(environment),
@@ -114,13 +115,13 @@ class LocalRanks:
             process.wait()
 
 
-def world_variables(plan: Plan, rank: int, local_rank: int) -> dict[str, str]:
+def world_variables(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, str]:
     """What a rank must know of the world it is in; it has the names that torchrun uses."""
     return {
         "RANK": str(rank),
-        "WORLD_SIZE": str(plan.processes.world_size),
+        "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(plan.processes.per_node),
+        "LOCAL_WORLD_SIZE": str(local_size),
     }
 
 

@@ -45,6 +45,15 @@ def is_there(command: str) -> bool:
     return shutil.which(command) is not None
 
 
+def is_answering() -> str | None:
+    """None where the controller answers; else what is wrong."""
+    try:
+        said = _run("scontrol", "ping").stdout.strip()
+    except TopologyError as error:
+        return str(error)
+    return None if " UP" in said else said
+
+
 def submit(script: Path, *, test: bool = False) -> str:
     """Submit a batch script; the number of its job, or what the scheduler says of a test.
 

@@ -218,6 +218,16 @@ def config_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return (Path(base) if base else Path.home() / ".config") / "shoal"
 
 
+def tracker_is_known(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether there is a key for Weights & Biases; it is not looked at."""
+    if environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return "api.wandb.ai" in (Path.home() / ".netrc").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
 def hub_is_off(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the user switched the Hugging Face Hub off (HF_HUB_OFFLINE)."""
     return environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")

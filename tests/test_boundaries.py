@@ -18,13 +18,13 @@ from launch.assets import code_root, recipes_folder
 from launch.plan import python_environment
 
 LAUNCH = code_root() / "launch"
-ENTRIES = [LAUNCH / f"{name}.py" for name in ("prepare", "rebuild", "tokenized", "train")]
+ENTRIES = [LAUNCH / f"{name}.py" for name in ("prepare", "probe", "rebuild", "tokenized", "train")]
 CONTROL = sorted(path for path in LAUNCH.glob("*.py") if path not in ENTRIES)
 ENGINE = sorted((LAUNCH / "engine").rglob("*.py"))
 RECIPES = sorted(recipes_folder().rglob("*.py"))
 ALL = [*CONTROL, *ENTRIES, *ENGINE, *RECIPES]
 
-WORKERS = ("launch.engine", "launch.prepare", "launch.rebuild", "launch.tokenized", "launch.train")
+WORKERS = ("launch.engine", "launch.prepare", "launch.probe", "launch.rebuild", "launch.tokenized", "launch.train")
 HEAVY = {"torch", "accelerate", "transformers", "datasets"}
 
 

@@ -1,0 +1,25 @@
+"""python -m launch.probe BYTES: what torch sees here, as a line of JSON; among several processes, a timed exchange."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from launch.rollcall import answer
+from launch.topology import enter_world, read_world, roll_call, usable_cores
+
+
+def main() -> None:
+    """Meet the others, if there are any, measure, and print what was found."""
+    world, announced, listener = read_world(), roll_call(), None
+    if announced:
+        meeting = answer(announced, world.rank, world.size, usable_cores())
+        enter_world(world, meeting.address, meeting.port, meeting.interface)
+        listener = meeting.listener
+    from launch.engine.exchange import measure
+
+    print(json.dumps(measure(int(sys.argv[1]), world.rank, world.size, world.local_rank, listener)))
+
+
+if __name__ == "__main__":
+    main()
