@@ -92,7 +92,7 @@ def predicting(model: Any, batch: Any) -> tuple[torch.Tensor, list[Any]]:
     """Of each row its number of targets, and whether the model thinks that the second token is even."""
     with torch.no_grad():
         even = model(input_ids=batch["input_ids"]).logits[:, 0].argmax(-1) % 2 == 0
-    return loss(model, batch), [*zip((batch["labels"] != -100).sum(1).tolist(), even.tolist(), strict=True)]
+    return loss(model, batch), [*zip((batch["labels"][:, 1:] != -100).sum(1).tolist(), even.tolist(), strict=True)]
 
 
 def measured(predictions: list[Any]) -> dict[str, Any]:
