@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +53,20 @@ def test_namespaces_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda program, path: f"{path}/{program}")
     monkeypatch.setattr(subprocess, "run", refuse)
     assert missing() == "no namespaces: unshare: Operation not permitted"
+
+
+def test_as_many_tests_need_a_cluster_as_there_are() -> None:
+    """None of them is lost by a name or a mark; where SHOAL_SLURM=required, each that cannot run fails."""
+    files = sorted(
+        str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py") if "mark.slurm" in path.read_text()
+    )
+    assert [Path(file).stem for file in files] == [
+        "test_cluster",
+        "test_job",
+        "test_no_cluster",
+        "test_nodes",
+        "test_slurm_names",
+    ]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "slurm", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len([line for line in done.stdout.splitlines() if "::" in line]) == 42
