@@ -287,12 +287,11 @@ def test_a_task_that_does_not_come(site: Site) -> None:
 def test_a_job_of_another_size_than_the_plan(site: Site) -> None:
     site.shoal("submit", "run.yaml", *TWO_BY_TWO, "--out", "run")
     site.shoal("cancel", "run")
-    done = site.cluster.run("sbatch", "--parsable", "--nodes=1", "run/job.sbatch", cwd=site.folder)
-    assert site.cluster.wait_for(done.stdout.strip(), ("FAILED", "COMPLETED"), 30)["JobState"] == "FAILED"
-    assert (
-        f"shoal: n1: job {done.stdout.strip()} has 1 nodes with 2 tasks each, but {site.folder}/run/plan.json was made "
-        "for 2 nodes with 2; submit it with `shoal submit`"
-    ) in site.log()
+    job = site.cluster.run("sbatch", "--parsable", "--nodes=1", "run/job.sbatch", cwd=site.folder).stdout.strip()
+    assert site.cluster.wait_for(job, ("FAILED", "COMPLETED"), 30)["JobState"] == "FAILED"
+    log = (site.folder / f"run/slurm-{job}.log").read_text()
+    assert re.match(rf"shoal: n[12]: job {job} has 1 nodes with 2 tasks each, but ", log)
+    assert f"{site.folder}/run/plan.json was made for 2 nodes with 2; submit it with `shoal submit`" in log
 
 
 def test_a_process_that_srun_has_not_started_is_no_world_of_its_own(site: Site) -> None:
