@@ -43,7 +43,9 @@ def import_file(path: Path, place: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         if not isinstance(error, (SyntaxError, ImportError)):
             traceback.print_exception(type(error), error, _from_file_on(error.__traceback__, path))
-        what = f"{type(error).__name__}: {error}".removesuffix(": ")
+        # Some versions of Python give `sys.exit()` a code, others none.
+        words = "" if isinstance(error, SystemExit) else str(error)
+        what = f"{type(error).__name__}: {words}".removesuffix(": ")
         raise ConfigError(f"{_place_of(error, path)}: the recipe cannot be imported: {what}") from error
     if heavy := [package for package in HEAVY if package in set(sys.modules) - before]:
         complain(
