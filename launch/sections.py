@@ -153,7 +153,7 @@ class ParallelSection(Section):
     timeout_seconds: float = Field(1800.0, gt=0)
     """How long a process waits for the others to join in an exchange before it gives up."""
     hang_seconds: float | None = Field(300.0, gt=0)
-    """How long all processes may stand still for one of them (six times as long in the first update and while saving)."""
+    """How long all may stand still for one process (six times as long in the first update and while saving)."""
     max_restarts: int = Field(0, ge=0)
     """After a crash, start again from the newest checkpoint, at most so many times without a newer one in between."""
     data_workers: int = Field(0, ge=0)
