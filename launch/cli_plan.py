@@ -156,10 +156,8 @@ def _print_config(loaded: Loaded, recipe: Recipe, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("key", "value", "from"):
         table.add_column(title, overflow="fold")
-    own = [key.name for key in describe(type(recipe.args), "recipe_args.")]
-    for key in describe(RunConfig):
-        for name in own if key.name == "recipe_args" else [key.name]:
-            table.add_row(name, Text(_value(loaded.config, name)), Text(_origin(loaded, name), style="dim"))
+    for key in _keys(recipe):
+        table.add_row(key.name, Text(_value(loaded.config, key.name)), Text(_origin(loaded, key.name), style="dim"))
     if loaded.run_file:
         print(f"Configuration, from {loaded.run_file}")
     console.print(table)

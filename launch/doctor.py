@@ -24,7 +24,6 @@ from packaging.requirements import Requirement
 from launch import slurm
 from launch.assets import code_root
 from launch.disk import size_in_words
-from launch.local import world_variables
 from launch.plan import python_environment
 from launch.rollcall import LOOPBACK, RollCall
 from launch.topology import (
@@ -35,6 +34,7 @@ from launch.topology import (
     stray_variables,
     tracker_is_known,
     worker_environment,
+    world_variables,
 )
 
 State = Literal["good", "warning", "bad", "skipped"]

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO
 
 from launch import slurm
 from launch.cluster import profile, refuse_candidates
@@ -212,7 +211,7 @@ class StepRanks:
                 step_command(plan, (socket.gethostname(), _free_port())),
                 env=worker_environment(environment),
                 stdin=subprocess.DEVNULL,
-                stdout=_stderr(),
+                stdout=sys.stderr,
                 stderr=log,
                 start_new_session=True,
             )
@@ -287,10 +286,6 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])
-
-
-def _stderr() -> IO[str]:
-    return sys.stderr
 
 
 if __name__ == "__main__":

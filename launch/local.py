@@ -18,7 +18,7 @@ from launch.processes import alive, die_with_parent, session_of
 from launch.rollcall import LOOPBACK, RollCall
 from launch.root_cause import End
 from launch.supervise import POLL_SECONDS, Ending, Place, supervise
-from launch.topology import ANNOUNCED, worker_environment
+from launch.topology import ANNOUNCED, worker_environment, world_variables
 
 GRACE_SECONDS = 10.0
 """How long stopped workers may take to leave before they are killed."""
@@ -32,9 +32,9 @@ def run(plan: Plan, folder: Path, *, restarts: bool = True) -> Ending:
     return supervise(plan, folder, start, Place([LOOPBACK]), restarts=restarts)
 
 
-def start(plan: Plan, folder: Path, roll: RollCall | None, first_rank: int = 0) -> LocalRanks:
-    """Start the ranks of one node here, from `first_rank` on."""
-    return LocalRanks(plan, folder, roll.announcement if roll else None, first_rank)
+def start(plan: Plan, folder: Path, roll: RollCall | None) -> LocalRanks:
+    """Start all ranks here."""
+    return LocalRanks(plan, folder, roll.announcement if roll else None, 0)
 
 
 class LocalRanks:
@@ -113,16 +113,6 @@ class LocalRanks:
                 member.kill()
         for process in self._processes.values():
             process.wait()
-
-
-def world_variables(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, str]:
-    """What a rank must know of the world it is in; it has the names that torchrun uses."""
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(local_size),
-    }
 
 
 def _stderr() -> IO[str] | int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from launch.errors import ConfigError, RunFolderError, TopologyError
+from launch.errors import PREEMPTED, ConfigError, RunFolderError, TopologyError
 from launch.local import LocalRanks
 from launch.plan import Plan
 from launch.record import is_run_folder, read_plan
@@ -291,7 +291,7 @@ def follow(plan: Plan, address: Address) -> Ending:
                 why = ": that host is down, or the network between" if line.lost == "silent" else ""
                 return Ending(1, f"{socket.gethostname()}: {how} {address.host}{why}")
             if signals.first is not None and folder is None:
-                return Ending(75, "stopped before the run began")
+                return Ending(PREEMPTED, "stopped before the run began")
 
 
 def _reach(address: Address, signals: Signals) -> _Line:

@@ -273,19 +273,20 @@ def enter_step(world: World, environ: MutableMapping[str, str] = os.environ) -> 
     """Tell torch which task of srun we are; also where they meet, and its threads, unless the user has said so."""
     if world.step is None:
         return
-    environ.update(_places(world))
+    environ.update(world_variables(world.rank, world.size, world.local_rank, world.local_size))
     environ.setdefault("MASTER_ADDR", world.step.address)
     environ.setdefault("MASTER_PORT", str(world.step.port))
     if world.step.cpus:
         environ.setdefault("OMP_NUM_THREADS", str(world.step.cpus))
 
 
-def _places(world: World) -> dict[str, str]:
+def world_variables(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, str]:
+    """What a rank must know of the world it is in; it has the names that torchrun uses."""
     return {
-        "RANK": str(world.rank),
-        "WORLD_SIZE": str(world.size),
-        "LOCAL_RANK": str(world.local_rank),
-        "LOCAL_WORLD_SIZE": str(world.local_size),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_size),
     }
 
 
@@ -299,7 +300,7 @@ def enter_world(
     """
     environ.update(
         {
-            **_places(world),
+            **world_variables(world.rank, world.size, world.local_rank, world.local_size),
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 connects too (torch, distributed/rendezvous.py)

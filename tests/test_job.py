@@ -175,7 +175,9 @@ def test_a_run_that_is_interrupted_four_times_ends_with_the_same_weights(site: S
 
     before = len(site.updates())
     site.until(site.has_done(before + 3))
-    higher = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+    higher = cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+    )
     cluster.wait_for(higher.stdout.strip(), "COMPLETED", 60)
     cluster.speed_up_requeue(job)
 
@@ -204,7 +206,7 @@ def test_a_preempted_job_that_has_time_saves_and_is_queued_again(slurm: None, tm
         site = Site(cluster, tmp_path)
         job = site.submit(*TWO_BY_TWO, *SLOW, "--out", "run")
         site.until(site.has_done(3))
-        cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+        cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         site.until(lambda: f"job {job} is queued again" in site.log(), 60)
         stopped = json.loads((tmp_path / "run/stopped.json").read_text())
         assert stopped["signal"] == "SIGTERM" and stopped["checkpoint"] == f"checkpoints/step-{stopped['update']:06d}"
