@@ -6,7 +6,7 @@ from launch.config import Loaded
 from launch.errors import ConfigError, TopologyError
 from launch.plan import Plan
 from launch.source import Layer, read_run_file
-from launch.topology import Machine, World, config_folder
+from launch.topology import Machine, World, config_folder, world_to_be
 
 
 def profile() -> Layer | None:
@@ -41,7 +41,7 @@ def asked_for(loaded: Loaded) -> tuple[Machine, World]:
     cpus = cluster.cpus_per_process or 1 + parallel.data_workers
     gpus = per_node if parallel.device == "cuda" else 0
     machine = Machine("each node", cpus * per_node, gpus, memory_bytes=_bytes(cluster.memory))
-    return machine, World(size=parallel.nodes * per_node, local_size=per_node, launched=True)
+    return machine, world_to_be(parallel.nodes, per_node)
 
 
 def _bytes(memory: str | None) -> int:

@@ -40,7 +40,7 @@ from launch.sbatch import step_command, step_environment
 from launch.slurm_names import Job
 from launch.supervise import POLL_SECONDS, Ending, Place, Signals, saved_updates, say, supervise
 from launch.sweep import SWEEP, write_comparison
-from launch.topology import ANNOUNCED, Machine, World, read_slurm_job, worker_environment
+from launch.topology import ANNOUNCED, Machine, read_slurm_job, worker_environment, world_to_be
 
 GRACE_SECONDS = 10.0
 """How long tasks may take to leave before they are killed."""
@@ -85,8 +85,7 @@ def _planned_here(file: str, overrides: list[str], job: Job) -> Path:
     machine = Machine(job.node, job.cpus_per_task * per_node, job.gpus)
     stem = Path(find_run_file(file)).stem
     folder = Path("runs") / (f"{stem}-{job.id}" if job.index is None else f"{stem}-{job.id}-{job.index:03d}")
-    world = World(size=job.nodes * per_node, local_size=per_node, launched=True)
-    plan = decide(file, overrides, folder, world, machine, beneath=profile()).plan
+    plan = decide(file, overrides, folder, world_to_be(job.nodes, per_node), machine, beneath=profile()).plan
     refuse_candidates(plan)
     if plan.processes.device == "cuda" and job.gpus != per_node:
         raise TopologyError(
@@ -202,7 +201,7 @@ class StepRanks:
         self.ends: list[End] = []
         self._told = False
         self._failed_at: float | None = None
-        self._log = folder / "logs" / "launcher.log"
+        self._log, self._read = folder / "logs" / "launcher.log", 0
         environment = step_environment(plan)
         if roll:
             environment[ANNOUNCED] = roll.announcement
@@ -219,7 +218,9 @@ class StepRanks:
     def look(self) -> None:
         """Notice that they have gone, or that one has failed."""
         code, now = self._process.poll(), time.monotonic()
-        if self._failed_at is None or now - self._failed_at < AT_ONCE_SECONDS:
+        size = self._log.stat().st_size
+        if size > self._read and (self._failed_at is None or now - self._failed_at < AT_ONCE_SECONDS):
+            self._read = size  # it is looked at ten times a second, and may be on a slow file system
             self.ends = failures(self._log.read_text(encoding="utf-8", errors="replace"))
         if code and not self.ends:
             self.ends = [End(code)]

@@ -28,7 +28,7 @@ from launch.rollcall import RollCall, hosts_of_this_machine, is_silence, notice_
 from launch.root_cause import End
 from launch.sections import RunConfig
 from launch.supervise import ALONE_SECONDS, POLL_SECONDS, Ending, Place, Signals, say, supervise
-from launch.topology import Machine, World
+from launch.topology import Machine, World, world_to_be
 
 REACH_SECONDS = 600.0
 """How long the others try to reach the leader, which a person may start last."""
@@ -65,7 +65,7 @@ def world_of(config: RunConfig, machine: Machine) -> World:
     devices = config.parallel.devices
     if devices == "auto":
         devices = machine.gpus if machine.gpus and config.parallel.device != "cpu" else 1
-    return World(size=config.parallel.nodes * devices, local_size=devices, launched=True)
+    return world_to_be(config.parallel.nodes, devices)
 
 
 def is_here(address: Address) -> bool:

@@ -61,6 +61,11 @@ class World:
     """The place that SLURM has given this process, where srun is what started it."""
 
 
+def world_to_be(nodes: int, per_node: int) -> World:
+    """The world that a launcher will make, for a plan that is made before it has."""
+    return World(size=nodes * per_node, local_size=per_node, launched=True)
+
+
 def read_machine() -> Machine:
     """Look at this host; takes about a millisecond."""
     mps = sys.platform == "darwin" and platform.machine() == "arm64"

@@ -17,7 +17,7 @@ from launch.plan import Decided, Plan, as_json, decide
 from launch.registry import find_run_file
 from launch.sections import ParallelSection, RunConfig
 from launch.strategy import Strategy
-from launch.topology import Machine, World, read_machine
+from launch.topology import Machine, World, read_machine, world_to_be
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def assume(parallel: ParallelSection, here: Machine, processes: int) -> Target:
         gpus, source = processes, "as many as the twin has processes"
     nodes = parallel.nodes
     # Several nodes can only be planned as within the world that a launcher has made of them.
-    world = World(size=nodes * gpus, local_size=gpus, launched=True) if nodes > 1 else World()
+    world = world_to_be(nodes, gpus) if nodes > 1 else World()
     where = f"each of {nodes} nodes" if nodes > 1 else "a machine"
     assumed = f"{where} with {gpus} GPU{'s' if gpus > 1 else ''} ({source}), otherwise as this one"
     return Target(replace(here, gpus=gpus, mps=False), world, assumed)
