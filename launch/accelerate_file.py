@@ -167,7 +167,8 @@ _NO_PODS = "shoal starts no TPU pods"
 _TAKEN: dict[str, tuple[tuple[Any, ...], str]] = {
     "distributed_type": (
         ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"),
-        "shoal knows NO, MULTI_CPU, MULTI_GPU, FSDP and DEEPSPEED",
+        "shoal knows NO, MULTI_CPU, MULTI_GPU, FSDP and DEEPSPEED; for TPUs use NO, as in accelerate_configs/tpu.yaml: "
+        "one process has all devices of a host",
     ),
     "mixed_precision": (("no", "bf16", "fp16"), "shoal trains in fp32, bf16 or fp16; use train.precision"),
     "fsdp_config.fsdp_reshard_after_forward": ((True,), "shoal frees the gathered weights of a block after its use"),

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from launch.sections import ABSENT, Section
+from launch.sections import ABSENT, Keys
 
 
 def _quoted(value: Any) -> Any:
@@ -72,7 +72,7 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 
 
-class Fsdp(Section):
+class Fsdp(Keys):
     """`fsdp_config`; the prefix may be left out."""
 
     fsdp_version: Annotated[int, Field(ge=1, le=2)] = ABSENT
@@ -93,7 +93,7 @@ class Fsdp(Section):
     fsdp_ignored_modules: str = ABSENT
 
 
-class DeepSpeed(Section):
+class DeepSpeed(Keys):
     """`deepspeed_config`."""
 
     deepspeed_config_file: str = ABSENT
@@ -113,7 +113,7 @@ class DeepSpeed(Section):
     deepspeed_moe_layer_cls_names: str = ABSENT
 
 
-class Dynamo(Section):
+class Dynamo(Keys):
     """`dynamo_config`; the prefix may be left out."""
 
     dynamo_backend: Annotated[Backend, Upper, Quoted] = ABSENT
@@ -123,7 +123,7 @@ class Dynamo(Section):
     dynamo_use_regional_compilation: bool = ABSENT
 
 
-class Parallelism(Section):
+class Parallelism(Keys):
     """`parallelism_config`."""
 
     parallelism_config_dp_replicate_size: Positive = ABSENT
@@ -139,7 +139,7 @@ class Parallelism(Section):
     parallelism_config_sp_attn_implementation: str = ABSENT
 
 
-class Fp8(Section):
+class Fp8(Keys):
     """`fp8_config`; the prefix may be left out. The last three are what `accelerate config` writes."""
 
     fp8_backend: Annotated[Literal["NO", "AO", "TE", "MSAMP"], Upper] = ABSENT
@@ -158,7 +158,7 @@ class Fp8(Section):
     fp8_optimization_level: Literal["O1", "O2"] = ABSENT
 
 
-class MegatronLm(Section):
+class MegatronLm(Keys):
     """`megatron_lm_config`."""
 
     megatron_lm_tp_degree: Positive = ABSENT
@@ -190,13 +190,13 @@ class MegatronLm(Section):
     megatron_lm_use_rotary_position_embeddings: bool = ABSENT
 
 
-class Mpirun(Section):
+class Mpirun(Keys):
     """`mpirun_config`."""
 
     mpirun_hostfile: str = ABSENT
 
 
-class AccelerateFile(Section):
+class AccelerateFile(Keys):
     """Every key of an Accelerate configuration for machines of one's own."""
 
     file: ClassVar[str] = "an Accelerate file"

@@ -25,6 +25,7 @@ from launch.errors import EndedError, ParityError, RunFolderError
 from launch.plan import decide, python_environment
 from launch.processes import alive, below, die_with_parent, gone, kill
 from launch.record import held, is_finished, is_run_folder, read_json
+from launch.recorded import METRICS, size_in_bytes
 from launch.sections import RunConfig
 from launch.topology import World, worker_environment
 
@@ -125,7 +126,7 @@ def settings(file: str, stated: list[str], folder: Path) -> tuple[list[str], Run
     overrides, told = list(stated), []
     if not is_stated("train.max_steps", "train.epochs"):
         overrides.append(f"train.max_steps={UPDATES}")
-    for key, value in (("track.every_steps", "1"), ("track.wandb", "off")):
+    for key, value in (("track.every_steps", "1"), ("track.wandb", "off"), ("track.also", "[]")):
         overrides += [] if is_stated(key) else [f"{key}={value}"]
     plan = decide(file, overrides, folder / UNDISTURBED, World()).plan
     every, updates = plan.config.save.every_steps, plan.length.updates or UPDATES
@@ -248,7 +249,7 @@ class _Interrupted:
         while True:
             if not self._goes_on():
                 return False
-            now = _size(self._folder)
+            now = size_in_bytes(self._folder)
             if now != size:
                 size, changed = now, time.monotonic()
                 if self.update() >= update:
@@ -376,17 +377,10 @@ def _wait_for_lock(folder: Path) -> None:
             time.sleep(_POLL_SECONDS)
 
 
-def _size(run: Path) -> int:
-    try:
-        return (run / "metrics.jsonl").stat().st_size
-    except OSError:
-        return 0
-
-
 def _records(run: Path, tail_bytes: int = sys.maxsize) -> list[dict[str, Any]]:
     """All records, or those in the last so many bytes; a line that is cut off is left out."""
     try:
-        with (run / "metrics.jsonl").open("rb") as file:
+        with (run / METRICS).open("rb") as file:
             begin = max(0, file.seek(0, os.SEEK_END) - tail_bytes)
             file.seek(begin)
             lines = file.read().split(b"\n")

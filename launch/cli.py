@@ -11,13 +11,21 @@ import typer
 
 from launch import __version__, local
 from launch.cache import Cache
-from launch.cli_arguments import AsJson, CommandWithKeys, DebugCpu, Out, Overrides, Rdzv, RunFile
+from launch.cli_arguments import AsJson, CommandWithKeys, DebugCpu, Out, Overrides, Profile, Rdzv, RunFile
 from launch.cli_cluster import cancel_command, logs_command, status_command, submit_command
 from launch.cli_doctor import doctor_command
 from launch.cli_plan import decide_as_asked, explain_command, plan_command, print_plan
 from launch.cli_proofs import chaos_command, parity_command
 from launch.cli_recipes import prepare_command, recipes_app, schema_command, tokenize_command
-from launch.cli_results import checkpoints_command, eval_command, export_command, generate_command
+from launch.cli_report import report_command, runs_command
+from launch.cli_results import (
+    checkpoints_command,
+    eval_command,
+    export_command,
+    generate_command,
+    push_command,
+    sync_command,
+)
 from launch.cluster import refuse_candidates
 from launch.errors import EXIT_CODES, ConfigError, LaunchError, MemoryExhaustedError, RunFolderError
 from launch.fitting import Fits, question, remember, smaller
@@ -34,6 +42,7 @@ from launch.record import (
     read_json,
     refuse_results,
 )
+from launch.report.refresh import kept_reported
 from launch.supervise import Ending
 from launch.topology import cache_folder, stray_variables
 from launch.trials import find
@@ -66,9 +75,10 @@ def run_command(
     json_: AsJson = False,
     debug_cpu: DebugCpu = None,
     rdzv: Rdzv = None,
+    profile: Profile = None,
 ) -> None:
     """Train, evaluate and export; everything is written to the run folder. A run that was interrupted goes on."""
-    _carry_out(file, overrides, out, json_, debug_cpu, rdzv)
+    _carry_out(file, _with_profile(overrides, profile), out, json_, debug_cpu, rdzv)
 
 
 @app.command("resume", cls=CommandWithKeys)
@@ -77,6 +87,7 @@ def resume_command(
     overrides: Overrides = None,
     json_: AsJson = False,
     rdzv: Rdzv = None,
+    profile: Profile = None,
 ) -> None:
     """Go on with a run from its newest good checkpoint, with the settings it was begun with.
 
@@ -84,7 +95,11 @@ def resume_command(
     """
     if not is_run_folder(run):
         raise RunFolderError(f"{run}: is not a run folder (no plan.json in it); give one that `shoal run` has made")
-    _carry_out(str(run / "run.yaml"), overrides, run, json_, None, rdzv)
+    _carry_out(str(run / "run.yaml"), _with_profile(overrides, profile), run, json_, None, rdzv)
+
+
+def _with_profile(overrides: list[str] | None, updates: int | None) -> list[str]:
+    return [*(overrides or []), *([f"track.profile={updates}"] if updates else [])]
 
 
 def _carry_out(
@@ -116,7 +131,7 @@ def _carry_out(
         plan = decided.plan
     if not goes_on:
         create_run_folder(plan)
-    with held(folder):
+    with kept_reported(folder), held(folder):
         if goes_on:
             for line in continue_run_folder(plan):
                 print(f"changed since the last start: {line}", file=sys.stderr)
@@ -127,7 +142,7 @@ def _carry_out(
             print(line, file=sys.stderr)
         if not json_:
             print_plan(plan, console_on(stderr=True))
-        ending = lead(plan, folder, address) if address else local.run(plan, folder)
+        ending = lead(plan, folder, address) if address else local.run(plan, folder, quiet=json_)
     _tell(ending)
     if ending.exit_code == MemoryExhaustedError.exit_code:
         _learn_from_too_large(plan, cache)
@@ -162,6 +177,8 @@ app.command("explain", cls=CommandWithKeys)(explain_command)
 app.command("doctor")(doctor_command)
 app.command("submit", cls=CommandWithKeys)(submit_command)
 app.command("status")(status_command)
+app.command("runs")(runs_command)
+app.command("report")(report_command)
 app.command("logs")(logs_command)
 app.command("cancel")(cancel_command)
 app.command("prepare", cls=CommandWithKeys)(prepare_command)
@@ -172,6 +189,8 @@ app.command("checkpoints")(checkpoints_command)
 app.command("export")(export_command)
 app.command("eval", cls=CommandWithKeys)(eval_command)
 app.command("generate")(generate_command)
+app.command("push")(push_command)
+app.command("sync")(sync_command)
 app.add_typer(recipes_app, name="recipes")
 app.command("config-schema")(schema_command)
 

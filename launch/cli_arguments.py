@@ -50,6 +50,10 @@ Rdzv = Annotated[
         help="With parallel.nodes: where all launchers meet, on one of the machines.",
     ),
 ]
+Profile = Annotated[
+    int | None,
+    typer.Option("--profile", min=1, metavar="N", help="Trace N updates with torch's profiler: track.profile=N."),
+]
 DebugCpu = Annotated[
     int | None,
     typer.Option("--debug-cpu", min=1, metavar="N", help="Do it with N processes on this machine's CPU (gloo)."),

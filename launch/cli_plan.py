@@ -17,17 +17,19 @@ from rich.text import Text
 from launch.cli_arguments import AsJson, DebugCpu, Out, Overrides, RunFile
 from launch.cli_recipes import look_at_data
 from launch.config import Loaded, load
+from launch.devices import Devices, read_devices
 from launch.errors import ConfigError
 from launch.explain import consequences, explain
 from launch.keys import Key, describe
+from launch.nearest import listed, nearest_keys
+from launch.needs import needs_table
 from launch.nodes import world_of
 from launch.plan import Decided, Plan, as_json, decide
 from launch.printing import console_on
 from launch.registry import Recipe, find_run_file
 from launch.sections import RunConfig
-from launch.topology import World, read_machine
+from launch.topology import Machine, World, read_machine, world_to_be
 from launch.twin import decide_twin
-from launch.validation import nearest_key
 
 
 def plan_command(
@@ -37,13 +39,26 @@ def plan_command(
     json_: AsJson = False,
     debug_cpu: DebugCpu = None,
     data: Annotated[bool, typer.Option("--data", help="Prepare the data too, and show what they look like.")] = False,
+    on: Annotated[
+        str | None,
+        typer.Option("--on", metavar="NxKIND", help="Plan for other devices, such as 8xH100-80GB or 2xcpu-16GB."),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="parallel.nodes: so many such machines.")] = None,
 ) -> None:
-    """Show what a run would do: arithmetic, schedule, command, configuration. Starts nothing."""
-    decided, differences = decide_as_asked(file, overrides, out, debug_cpu)
+    """Show what a run would do: arithmetic, memory, schedule, command, configuration. Starts nothing."""
+    overrides = [*(overrides or []), *([f"parallel.nodes={nodes}"] if nodes else [])]
+    differences: list[str] = []
+    several = nodes is not None and nodes > 1
+    if on and data:
+        raise ConfigError("command line: --data prepares here, and --on plans for elsewhere; leave one out")
+    if on:
+        decided = _decide_elsewhere(file, overrides, out, on, debug_cpu)
+    else:
+        decided, differences = decide_as_asked(file, overrides, out, debug_cpu, several=several)
     shown = ""
     if data:
-        shown = look_at_data(file, overrides or [], as_json=json_)
-        decided, differences = decide_as_asked(file, overrides, out, debug_cpu)  # now with the number of samples
+        shown = look_at_data(file, overrides, as_json=json_)
+        decided, differences = decide_as_asked(file, overrides, out, debug_cpu, several=several)  # with their number
     plan = decided.plan
     for line in differences:
         print(line, file=sys.stderr if json_ else sys.stdout)
@@ -52,6 +67,7 @@ def plan_command(
         return
     console = console_on()
     print_plan(plan, console)
+    _print_needs(plan, console)
     _print_command(plan)
     _print_config(decided.loaded, decided.recipe, console)
     if data:
@@ -74,8 +90,10 @@ def explain_command(
     chosen = [key for key in keys if not wanted or any(_covers(each, key.name) for each in wanted)]
     for each in wanted:
         if not any(_covers(each, key.name) for key in keys):
-            near = nearest_key(each, [key.name for key in keys], [key.name for key in keys])
-            hint = f"; did you mean {near}?" if near else ""
+            there = [key.name for key in keys]
+            section = each.rpartition(".")[0]
+            near = nearest_keys(each, [name for name in there if name.rpartition(".")[0] == section], there)
+            hint = f"; did you mean {listed(near)}?" if near else ""
             raise ConfigError(f"command line: {each}: no such key{hint}")
     facts = [_fact(decided, key) for key in chosen]
     if json_:
@@ -140,6 +158,46 @@ def print_plan(plan: Plan, console: Console) -> None:
     table.add_column(style="dim", overflow="fold")
     for line in explain(plan):
         table.add_row(line.name, Text(line.value), Text(line.because))
+    console.print(table)
+
+
+def _decide_elsewhere(file: str, overrides: list[str], out: Path | None, on: str, debug_cpu: int | None) -> Decided:
+    """The run on devices that are not here.
+
+    Raises:
+        ConfigError: it is not said which, or --debug-cpu asks for others.
+    """
+    if debug_cpu is not None:
+        raise ConfigError("command line: --on and --debug-cpu both say where the run is to be; leave one out")
+    there = read_devices(on)
+    device = "cpu" if there.on_cpu else "xla" if there.on_xla else "cuda"
+    changes = [*overrides, f"parallel.device={device}", f"parallel.devices={there.number}"]
+    nodes = load(find_run_file(file), changes).config.parallel.nodes
+    world = World() if there.on_xla else world_to_be(nodes, there.number)
+    return decide(file, changes, out, world, _machine_of(there))
+
+
+def _machine_of(there: Devices) -> Machine:
+    name, memory = there.kind.name, there.kind.memory_bytes
+    if there.on_cpu:
+        return Machine(name, cores=there.number, gpus=0, memory_bytes=memory * there.number)
+    if there.on_xla:
+        return Machine(name, cores=0, gpus=0, tpus=there.number, tpu_name=name)
+    return Machine(name, cores=0, gpus=there.number, gpu_name=name, gpu_memory_bytes=memory)
+
+
+def _print_needs(plan: Plan, console: Console) -> None:
+    if plan.memory is None:
+        why = "its architecture is none that shoal knows, or its config.json cannot be seen from here"
+        console.print(f"\nNothing is known of the memory that the model needs: {why}.")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("strategy", "memory", "checkpointed", "fits", "of that, at the moment that needs most"):
+        table.add_column(title, overflow="fold")
+    for row in needs_table(plan):
+        mark = "bold" if row[0] == plan.processes.strategy else ""
+        table.add_row(*(Text(cell, style=mark) for cell in row))
+    console.print("\nMemory of a process with each strategy, the plainest first")
     console.print(table)
 
 

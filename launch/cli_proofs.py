@@ -20,7 +20,7 @@ from launch.chaos_report import write_report as write_report_of_chaos
 from launch.cli_arguments import AsJson, Out, Overrides, RunFile
 from launch.config import load
 from launch.errors import ConfigError, ParityError, StoppedError
-from launch.parity import Outcome, cases, compare, duration
+from launch.parity import Outcome, cases, compare
 from launch.parity_report import write_report
 from launch.plan import default_run_folder
 from launch.printing import console_on, print_table
@@ -30,6 +30,7 @@ from launch.sameness import Compared
 from launch.sameness import compare as compare_runs
 from launch.stop import StopRequest, StopSignal, exit_code, spoken
 from launch.strategy import Strategy
+from launch.words import roughly
 
 
 def parity_command(
@@ -108,7 +109,7 @@ def chaos_command(
         took = run_undisturbed([file, *stated], folder)
         updates, pace = pace_of(folder)
         strikes = draw(kills, updates, seed)
-        print(f"{duration(took)}; now with {kills} interruptions (--seed {seed})", file=sys.stderr)
+        print(f"{roughly(took)}; now with {kills} interruptions (--seed {seed})", file=sys.stderr)
         said = lambda text: print(text, file=sys.stderr)  # noqa: E731
         for each in run_interrupted([file, *stated], folder, strikes, pace, took, said):
             happened.append(each)

@@ -1,4 +1,4 @@
-"""The verbs that use what a run left: `shoal checkpoints`, `shoal export` and `shoal generate`."""
+"""The verbs that use what a run left: `shoal checkpoints`, `export`, `eval`, `generate`, `push` and `sync`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from launch.inventory import TITLES, Entry, discard, inventory, newest, rows, su
 from launch.inventory import as_json as inventory_as_json
 from launch.plan import python_environment
 from launch.printing import print_table
+from launch.push import plan_push, push
 from launch.record import held, model_folder, read_plan
 from launch.topology import worker_environment
 
@@ -42,11 +43,13 @@ def checkpoints_command(
         raise ConfigError(f"command line: --keep-last {keep_last}: says what --prune keeps; add --prune")
     if prune and not verify:
         raise ConfigError("command line: --prune --no-verify: what is kept must be seen to be good; drop --no-verify")
-    save = read_plan(run).config.save
+    config = read_plan(run).config
+    save, rewinds = config.save, config.train.on_spike == "rewind"
     if prune:
         with held(run):
             entries = inventory(run, verify=True)
-            removed = discard(superfluous(entries, keep_last or save.keep_last, save.keep_best))
+            every = save.every_steps if rewinds else None
+            removed = discard(superfluous(entries, keep_last or save.keep_last, save.keep_best, every))
     else:
         entries, removed = inventory(run, verify=verify), []
     left = [entry for entry in entries if entry not in removed]
@@ -139,3 +142,32 @@ def generate_command(
     command += [str(max_new_tokens), str(temperature), str(seed)]
     # A process of its own: this one stays free of torch.
     raise typer.Exit(subprocess.run(command, env=worker_environment(python_environment()), check=False).returncode)
+
+
+def push_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or any Hugging Face model folder.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Its name on the Hub: your-name/your-model.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private, where it is not there yet.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, not the merged model.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be brought there, and stop.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Bring the model that a run exported, with its card, to the Hugging Face Hub."""
+    planned = plan_push(run, repository, adapter=adapter)
+    url = None if dry_run else push(planned, private=private)
+    if json_:
+        print(json.dumps({"repository": repository, "folder": str(planned.folder), "files": planned.files, "url": url}))
+        return
+    for name, size in planned.files.items():
+        print(f"{size_in_words(size):>10}  {name}")
+    print(f"{'would go' if dry_run else 'gone'} to {url or repository}: {size_in_words(planned.size)}")
+
+
+def sync_command(run: RunFolder) -> None:
+    """Send what Weights & Biases does not have of a run: one that was offline, or was killed. Twice does no harm."""
+    read_plan(run)
+    command = [sys.executable, "-m", "launch.follow", str(run.absolute()), "wandb", "--sync"]
+    with held(run):
+        # A process of its own: wandb starts services, and may hang.
+        ended = subprocess.run(command, env=worker_environment(python_environment()), check=False)
+    raise typer.Exit(ended.returncode)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from launch.config import Loaded
+from launch.devices import kind_of
 from launch.errors import ConfigError, TopologyError
 from launch.plan import Plan
+from launch.sections import RunConfig
 from launch.source import Layer, read_run_file
 from launch.topology import Machine, World, config_folder, world_to_be
 
@@ -13,12 +15,20 @@ def profile() -> Layer | None:
     """What the user has stated of this cluster for all runs, in ~/.config/shoal/cluster.yaml.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or is written as a run file.
     """
     path = config_folder() / "cluster.yaml"
     if not path.is_file():
         return None
     layer = read_run_file(path)
+    for name in layer.values:
+        if name in RunConfig.model_fields:
+            said = (
+                "its keys stand in this file without their section; write them at the top"
+                if name == "cluster"
+                else "this file holds keys of the section cluster only; the rest goes into a run file"
+            )
+            raise ConfigError(f"{layer.places[name]}: {name}: {said}")
     return Layer({"cluster": layer.values}, {f"cluster.{key}": place for key, place in layer.places.items()}, str(path))
 
 
@@ -40,7 +50,15 @@ def asked_for(loaded: Loaded) -> tuple[Machine, World]:
     per_node = parallel.devices if isinstance(parallel.devices, int) else 1
     cpus = cluster.cpus_per_process or 1 + parallel.data_workers
     gpus = per_node if parallel.device == "cuda" else 0
-    machine = Machine("each node", cpus * per_node, gpus, memory_bytes=_bytes(cluster.memory))
+    kind = kind_of(cluster.gpu_type or "") if gpus else None
+    machine = Machine(
+        "each node",
+        cpus * per_node,
+        gpus,
+        gpu_name=kind.name if kind else "",
+        gpu_memory_bytes=kind.memory_bytes if kind else 0,
+        memory_bytes=_bytes(cluster.memory),
+    )
     return machine, world_to_be(parallel.nodes, per_node)
 
 

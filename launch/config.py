@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, LaunchError
+from launch.keys import names_of
 from launch.sections import EXCLUSIVE, RunConfig
 from launch.source import (
     COMMAND_LINE,
@@ -66,7 +67,9 @@ def load(run_file: Path | None, overrides: list[str], beneath: Layer | None = No
         layer = replace(merge(beneath, layer), source=layer.source)
     layer = merge(layer, read_overrides(overrides), EXCLUSIVE)
     refuse_unrecordable(layer)
-    config = validate(RunConfig, _with_default_length(layer.values), layer)
+    config = validate(
+        RunConfig, _with_default_length(layer.values), layer, also=lambda: _recipe_arguments(layer, run_file)
+    )
     loaded = _with_absolute_paths(Loaded(config, layer, run_file))
     problems = list(_impossible_combinations(loaded))
     if problems:
@@ -74,22 +77,38 @@ def load(run_file: Path | None, overrides: list[str], beneath: Layer | None = No
     return loaded
 
 
+def _recipe_arguments(layer: Layer, run_file: Path | None) -> list[str]:
+    """The dotted keys that the recipe takes, as far as it can be found: what was stated is wrong anyway."""
+    from launch.registry import load_module  # which is built on this module
+
+    recipe = layer.values.get("recipe")
+    if not isinstance(recipe, str) or not recipe:
+        return []
+    if recipe.endswith(".py"):
+        recipe = _beside(layer, run_file, "recipe", recipe)
+    try:
+        return names_of(load_module(recipe, place_of(layer, "recipe")).Args, "recipe_args.")
+    except LaunchError:
+        return []
+
+
+def _beside(layer: Layer, run_file: Path | None, key: str, path: str) -> str:
+    """The absolute path that `key` states: a run file names files beside it, a command line where the user stands."""
+    beside = run_file is not None and layer.places.get(key) != COMMAND_LINE
+    return str(((run_file.parent if beside and run_file else Path()) / path).absolute())
+
+
 def _with_absolute_paths(loaded: Loaded) -> Loaded:
     """Files named in a run file are looked for beside it, those named on the command line where the user stands."""
-
-    def absolute(key: str, path: str) -> str:
-        beside = loaded.run_file is not None and loaded.layer.places.get(key) != COMMAND_LINE
-        return str(((loaded.run_file.parent if beside and loaded.run_file else Path()) / path).absolute())
-
     config, parallel = loaded.config, loaded.config.parallel
     files = {
-        name: absolute(f"parallel.{name}", path)
+        name: _beside(loaded.layer, loaded.run_file, f"parallel.{name}", path)
         for name in ("accelerate_config", "deepspeed_config")
         if (path := getattr(parallel, name))
     }
     update: dict[str, Any] = {"parallel": parallel.model_copy(update=files)} if files else {}
     if config.recipe.endswith(".py"):
-        update["recipe"] = absolute("recipe", config.recipe)
+        update["recipe"] = _beside(loaded.layer, loaded.run_file, "recipe", config.recipe)
     return replace(loaded, config=config.model_copy(update=update))
 
 
@@ -126,6 +145,12 @@ def _impossible_combinations(loaded: Loaded) -> Iterator[str]:
     for key, value in (("parallel.devices", parallel.devices), ("train.micro_batch_size", train.micro_batch_size)):
         if isinstance(value, int) and value < 1:
             yield f'{loaded.place(key)}: {key} = {value}: must be at least 1, or "auto"'
+    if train.on_spike == "rewind" and loaded.config.save.every_steps is None:
+        key = "train.on_spike"
+        yield (
+            f"{loaded.place(key)}: {key} = rewind: needs checkpoints to go back to, after the same updates whatever "
+            "happens; set save.every_steps"
+        )
     if train.sgd_momentum and train.optimizer != "sgd":
         key = "train.sgd_momentum"
         yield f"{loaded.place(key)}: {key} = {train.sgd_momentum}: needs train.optimizer=sgd, not {train.optimizer}"

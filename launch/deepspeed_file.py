@@ -140,12 +140,19 @@ _ALWAYS: dict[str, tuple[Any, str]] = {
 }
 """Values that a run of shoal always has, without stating them, and why."""
 
-_FREE = {"steps_per_print", _GATHER, "fp16.initial_scale_power", "fp16.hysteresis"}
+_BUCKET = f"{_ZERO}.reduce_bucket_size"
+_FREE = {"steps_per_print", _GATHER, _BUCKET, "fp16.initial_scale_power", "fp16.hysteresis"}
 """What `render.deepspeed_config` states, but a file may state otherwise: which updates there are does not change.
 
 Not the loss scale itself, nor its least value: an update that overflows is repeated until half of the scale, and half
 of that, is small enough; with a scale that stays as it is that would take for ever.
 """
+
+
+def bucket_of_deepspeed(layer: Layer) -> int | None:
+    """How many numbers are gathered before they are summed; None where the file leaves that to shoal."""
+    stated = get(layer.values, _BUCKET)
+    return None if stated in (NOTHING, AUTO) else int(stated)
 
 
 def complete(layer: Layer, decided: dict[str, Any], because: Mapping[str, str]) -> dict[str, Any]:

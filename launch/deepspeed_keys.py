@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue
 
-from launch.sections import ABSENT, Section
+from launch.sections import ABSENT, Keys
 
 
 def _whole(value: Any) -> Any:
@@ -57,7 +57,7 @@ FreeForm = dict[str, JsonValue]
 Removed = Annotated[Any, BeforeValidator(_removed)]
 
 
-class OffloadedWeights(Section):
+class OffloadedWeights(Keys):
     """`zero_optimization.offload_param`."""
 
     device: OffloadDevice = ABSENT
@@ -68,7 +68,7 @@ class OffloadedWeights(Section):
     pin_memory: Flag = ABSENT
 
 
-class OffloadedOptimizer(Section):
+class OffloadedOptimizer(Keys):
     """`zero_optimization.offload_optimizer`."""
 
     device: OffloadDevice = ABSENT
@@ -83,7 +83,7 @@ class OffloadedOptimizer(Section):
     cpuadam_cores_perc: Share = ABSENT
 
 
-class ZenFlow(Section):
+class ZenFlow(Keys):
     """`zero_optimization.zenflow`."""
 
     topk_ratio: Auto | Annotated[float, Field(gt=0, lt=1)] = ABSENT
@@ -98,7 +98,7 @@ class ZenFlow(Section):
     steps_per_epoch: Whole | None = None
 
 
-class LeafModules(Section):
+class LeafModules(Keys):
     """`zero_optimization.leaf_module`."""
 
     classes: Names = ABSENT
@@ -106,7 +106,7 @@ class LeafModules(Section):
     name_suffixes: Names = ABSENT
 
 
-class ZeroOptimization(Section):
+class ZeroOptimization(Keys):
     """`zero_optimization`; the short names, and those called deprecated, mean the same as others."""
 
     stage: Stage = ABSENT
@@ -166,7 +166,7 @@ class ZeroOptimization(Section):
     zeropp_loco_param: Removed = None
 
 
-class Fp16(Section):
+class Fp16(Keys):
     """`fp16`."""
 
     enabled: Flag = ABSENT
@@ -180,7 +180,7 @@ class Fp16(Section):
     fp16_master_weights_and_grads: Flag = ABSENT
 
 
-class Bf16(Section):
+class Bf16(Keys):
     """`bf16`, once called `bfloat16`."""
 
     enabled: Flag = ABSENT
@@ -190,7 +190,7 @@ class Bf16(Section):
     bf16_optimizer_states: Flag = ABSENT
 
 
-class TorchAutocast(Section):
+class TorchAutocast(Keys):
     """`torch_autocast`."""
 
     enabled: bool = ABSENT
@@ -198,7 +198,7 @@ class TorchAutocast(Section):
     lower_precision_safe_modules: list[str] = ABSENT
 
 
-class DataTypes(Section):
+class DataTypes(Keys):
     """`data_types`."""
 
     grad_accum_dtype: NumberFormat | None = None
@@ -207,7 +207,7 @@ class DataTypes(Section):
     keep_in_fp32_modules: Auto | list[str] = ABSENT
 
 
-class ActivationCheckpointing(Section):
+class ActivationCheckpointing(Keys):
     """`activation_checkpointing`."""
 
     partition_activations: bool = ABSENT
@@ -218,7 +218,7 @@ class ActivationCheckpointing(Section):
     cpu_checkpointing: bool = ABSENT
 
 
-class CommsLogger(Section):
+class CommsLogger(Keys):
     """`comms_logger`."""
 
     enabled: Flag = ABSENT
@@ -228,7 +228,7 @@ class CommsLogger(Section):
     debug: Flag = ABSENT
 
 
-class TensorBoard(Section):
+class TensorBoard(Keys):
     """`tensorboard`, and `csv_monitor`."""
 
     enabled: Flag = ABSENT
@@ -236,7 +236,7 @@ class TensorBoard(Section):
     job_name: str = ABSENT
 
 
-class Wandb(Section):
+class Wandb(Keys):
     """`wandb`."""
 
     enabled: Flag = ABSENT
@@ -245,7 +245,7 @@ class Wandb(Section):
     project: str = ABSENT
 
 
-class Comet(Section):
+class Comet(Keys):
     """`comet`."""
 
     enabled: Flag = ABSENT
@@ -259,7 +259,7 @@ class Comet(Section):
     mode: str | None = None
 
 
-class FlopsProfiler(Section):
+class FlopsProfiler(Keys):
     """`flops_profiler`."""
 
     enabled: bool = ABSENT
@@ -271,7 +271,7 @@ class FlopsProfiler(Section):
     output_file: str | None = None
 
 
-class AsynchronousIo(Section):
+class AsynchronousIo(Keys):
     """`aio`."""
 
     block_size: ExactCount = ABSENT
@@ -282,7 +282,7 @@ class AsynchronousIo(Section):
     use_gds: bool = ABSENT
 
 
-class CheckpointWriter(Section):
+class CheckpointWriter(Keys):
     """`checkpoint.writer`."""
 
     type: Annotated[Literal["mock", "python", "fast"], BeforeValidator(_lower)] | None = None
@@ -294,13 +294,13 @@ class CheckpointWriter(Section):
     io_multiplier: ExactCount = ABSENT
 
 
-class ParallelWrite(Section):
+class ParallelWrite(Keys):
     """`checkpoint.parallel_write`."""
 
     pipeline_stage: bool = ABSENT
 
 
-class Checkpoint(Section):
+class Checkpoint(Keys):
     """`checkpoint`."""
 
     tag_validation: Annotated[Literal["warn", "ignore", "fail"], BeforeValidator(_lower)] = ABSENT
@@ -311,7 +311,7 @@ class Checkpoint(Section):
     writer: CheckpointWriter | None = None
 
 
-class Compile(Section):
+class Compile(Keys):
     """`compile`."""
 
     deepcompile: Flag = ABSENT
@@ -334,14 +334,14 @@ class Compile(Section):
     passes: list[Literal["z1", "z3", "autosp", "autotp"]] | None = None
 
 
-class ThroughputTimer(Section):
+class ThroughputTimer(Keys):
     """`timers.throughput`."""
 
     enabled: Flag = ABSENT
     synchronized: Flag = ABSENT
 
 
-class Timers(Section):
+class Timers(Keys):
     """`timers`."""
 
     throughput: ThroughputTimer = ABSENT
@@ -350,7 +350,7 @@ class Timers(Section):
 # What follows is known, so that a typo in it is told, and then refused by `complete`.
 
 
-class Optimizer(Section):
+class Optimizer(Keys):
     """`optimizer`; the parameters are those of the optimizer's class."""
 
     type: str = ABSENT
@@ -358,14 +358,14 @@ class Optimizer(Section):
     legacy_fusion: bool = ABSENT
 
 
-class Scheduler(Section):
+class Scheduler(Keys):
     """`scheduler`; the parameters are those of the scheduler's class."""
 
     type: str | None = None
     params: FreeForm = ABSENT
 
 
-class DataEfficiency(Section):
+class DataEfficiency(Keys):
     """`data_efficiency`."""
 
     enabled: bool = ABSENT
@@ -374,7 +374,7 @@ class DataEfficiency(Section):
     data_routing: FreeForm = ABSENT
 
 
-class ModelInfo(Section):
+class ModelInfo(Keys):
     """`autotuning.model_info`."""
 
     profile: bool = ABSENT
@@ -383,7 +383,7 @@ class ModelInfo(Section):
     num_layers: Count | None = None
 
 
-class Autotuning(Section):
+class Autotuning(Keys):
     """`autotuning`."""
 
     enabled: bool = ABSENT
@@ -409,7 +409,7 @@ class Autotuning(Section):
     num_tuning_micro_batch_sizes: ExactCount = ABSENT
 
 
-class HybridEngine(Section):
+class HybridEngine(Keys):
     """`hybrid_engine`."""
 
     enabled: Flag = ABSENT
@@ -421,7 +421,7 @@ class HybridEngine(Section):
     enable_cuda_graph: Flag = ABSENT
 
 
-class TensorParallelSplit(Section):
+class TensorParallelSplit(Keys):
     """`tensor_parallel.tensor_parallel`, also called `tp`."""
 
     tp_size: Whole = ABSENT
@@ -430,7 +430,7 @@ class TensorParallelSplit(Section):
     tp_group: JsonValue = None
 
 
-class TensorParallel(Section):
+class TensorParallel(Keys):
     """`tensor_parallel`."""
 
     dtype: NumberFormat = ABSENT
@@ -448,7 +448,7 @@ class TensorParallel(Section):
     kernel_inject: Flag = ABSENT
 
 
-class ExpertParallel(Section):
+class ExpertParallel(Keys):
     """`expert_parallel`."""
 
     enabled: bool = ABSENT
@@ -489,7 +489,7 @@ class ExpertParallel(Section):
     expert_activation: str | None = None
 
 
-class WeightQuantization(Section):
+class WeightQuantization(Keys):
     """`weight_quantization`."""
 
     enabled: Flag = ABSENT
@@ -500,7 +500,7 @@ class WeightQuantization(Section):
     post_init_quant: FreeForm = ABSENT
 
 
-class DeepSpeedFile(Section):
+class DeepSpeedFile(Keys):
     """Every key of a DeepSpeed configuration."""
 
     file: ClassVar[str] = "a DeepSpeed file"

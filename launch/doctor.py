@@ -36,6 +36,7 @@ from launch.topology import (
     worker_environment,
     world_variables,
 )
+from launch.versions import TORCH_XLA
 
 State = Literal["good", "warning", "bad", "skipped"]
 
@@ -56,12 +57,15 @@ class Finding:
     state: State
     found: str
     fix: str = ""
+    host: str = ""
+    """On which machine; empty: this one, or all together."""
 
 
 def examine(ranks: int | None, folder: Path) -> Iterator[Finding]:
     """All checks, each as soon as it is done.
 
-    `ranks` processes exchange something, by default as many as there are GPUs, or two; `folder` is where runs will be.
+    `ranks` processes exchange something, by default as many as there are GPUs, or two; 0: none do. `folder` is where
+    runs will be.
     """
     yield from packages()
     yield from names()
@@ -89,6 +93,20 @@ def packages(requires: list[str] | None = None) -> Iterator[Finding]:
         there = importlib.util.find_spec(name) is not None
         found = metadata.version(name) if there else "not installed"
         yield Finding(name, "good" if there else "skipped", found, "" if there else _extra(name))
+    yield _torch_xla(read_machine().tpus)
+
+
+def _torch_xla(tpus: int) -> Finding:
+    """Whether it is there where there are TPUs, and of the release that belongs to its torch, which it links to."""
+    needed = f"{tpus} TPU devices are here" if tpus else ""
+    if importlib.util.find_spec("torch_xla") is None:
+        fix = f"{TORCH_XLA}, where TPUs are wanted"
+        return Finding("torch_xla", "warning" if tpus else "skipped", needed or "not installed", fix)
+    version, torch = metadata.version("torch_xla"), metadata.version("torch")
+    if version.split(".")[:2] != torch.split("+")[0].split(".")[:2]:
+        fix = f"pip install 'torch=={'.'.join(version.split('.')[:2])}.*', or uninstall torch_xla"
+        return Finding("torch_xla", "bad", f"{version} beside torch {torch}", fix)
+    return Finding("torch_xla", "good", f"{version} beside torch {torch}{needed and ', ' + needed}")
 
 
 def _python(version: tuple[int, ...]) -> tuple[State, str, str]:
@@ -154,6 +172,8 @@ def devices(ranks: int | None) -> Iterator[Finding]:
         yield Finding("devices", "bad", driver, fix)
     else:
         yield Finding("devices", "good", driver if machine.gpus else f"CPU, {machine.cores} cores; {built}")
+    if ranks == 0:
+        return
     size = ranks or max(2, machine.gpus)
     answers = _probe(size)
     if isinstance(answers, str):
@@ -168,14 +188,27 @@ def devices(ranks: int | None) -> Iterator[Finding]:
 
 
 def _probe(size: int) -> list[dict[str, Any]] | str:
-    """What `launch.probe` answers in each of so many processes; or what went wrong."""
-    roll = RollCall(size, [LOOPBACK]) if size > 1 else None
+    """What so many processes on this machine answer; or what went wrong."""
+    if size == 1:
+        return probe(1, "", 0, 1)
+    roll = RollCall(size, [LOOPBACK])
+    try:
+        return probe(size, roll.announcement, 0, size, roll.look)
+    finally:
+        roll.close()
+
+
+def probe(
+    size: int, announcement: str, first_rank: int, per_node: int, look: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]] | str:
+    """What `launch.probe` answers in each of this machine's processes, of `size` in all; or what went wrong."""
     with tempfile.TemporaryFile("w+") as log:
         processes = []
-        for rank in range(size):
+        for local_rank in range(per_node):
             variables = {**python_environment(), "OMP_NUM_THREADS": "1"}
-            if roll:
-                variables |= {ANNOUNCED: roll.announcement, **world_variables(rank, size, rank, size)}
+            if announcement:
+                variables[ANNOUNCED] = announcement
+                variables |= world_variables(first_rank + local_rank, size, local_rank, per_node)
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "launch.probe", str(EXCHANGED_BYTES)],
@@ -186,13 +219,11 @@ def _probe(size: int) -> list[dict[str, Any]] | str:
                 )
             )
         try:
-            _wait(processes, roll.look if roll else lambda: None)
+            _wait(processes, look)
         finally:
             for process in processes:
                 process.kill()
-            if roll:
-                roll.close()
-        if any(process.returncode for process in processes):
+        if any(process.wait() for process in processes):
             log.seek(0)
             lines = [line.strip() for line in log.read().splitlines() if line.strip()]
             return lines[-1] if lines else "the processes did not answer in time"
@@ -267,6 +298,6 @@ def tracker() -> Finding:
     try:
         socket.create_connection(("api.wandb.ai", 443), timeout=3).close()
     except OSError as error:
-        fix = "use track.wandb=offline, and `wandb sync` later"
+        fix = "use track.wandb=offline, and `shoal sync RUN` later"
         return Finding("Weights & Biases", "warning", f"api.wandb.ai: {error.strerror or error}", fix)
     return Finding("Weights & Biases", "good", "a key is there, and api.wandb.ai answers")

@@ -38,9 +38,13 @@ class RunFolderError(LaunchError):
 
 
 class NonFiniteError(LaunchError):
-    """The loss or the gradient norm is NaN or infinite."""
+    """The loss or the gradient norm is NaN or infinite, or the loss has leapt."""
 
     exit_code = 6
+
+
+class SpikeError(NonFiniteError):
+    """The loss is far above those of the updates before."""
 
 
 class ExportError(LaunchError):

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from launch.comparison import TAKEN_BY_AUTO
+from launch.disk import size_in_words
+from launch.needs import LENGTH, SAVING, Line, disk_lines, work_lines
 from launch.plan import Length, Plan
 from launch.sections import RunConfig, SaveSection, TrainSection
-
-
-@dataclass(frozen=True)
-class Line:
-    """One fact of a plan: a name, its value, and where the value follows from."""
-
-    name: str
-    value: str
-    because: str = ""
-    keys: tuple[str, ...] = ()
-    """The keys of a run file that it follows from."""
-
 
 DEVICES = ("parallel.device", "parallel.devices", "parallel.nodes")
 EXTRAS = ("parallel.strategy", "train.optimizer", "train.activation_checkpointing", "train.compile")
 BATCH = ("train.global_batch_size", "train.micro_batch_size")
-LENGTH = ("train.max_steps", "train.epochs", "train.global_batch_size")
-SAVING = (
-    *("save.every_steps", "save.every_minutes", "save.keep_last"),
-    *("save.keep_best", "save.asynchronous"),
-)
 RATES = ("train.learning_rate", "train.schedule", "train.warmup_ratio", "train.warmup_steps")
 
 
@@ -38,12 +22,13 @@ def consequences(plan: Plan, key: str) -> list[Line]:
 def explain(plan: Plan) -> list[Line]:
     """The arithmetic of a plan, each number with its derivation."""
     processes, batch, length, train = plan.processes, plan.batch, plan.length, plan.config.train
-    threads = f"{processes.threads} CPU thread{'s' if processes.threads > 1 else ''} each"
-    where = f"{processes.nodes} nodes × {processes.per_node}, " if processes.nodes > 1 else ""
+    parts = [f"{processes.nodes} nodes × {processes.per_node}"] if processes.nodes > 1 else []
+    parts += [processes.device_name] if processes.device_name else []
+    parts += [f"{processes.threads} CPU thread{'s' if processes.threads > 1 else ''} each"] if processes.threads else []
     lines = [
         Line("recipe", plan.config.recipe, keys=("recipe",)),
-        Line("processes", f"{processes.world_size} on {processes.device}", where + threads, DEVICES),
-        Line("strategy", processes.strategy, _extras_explained(train), EXTRAS),
+        Line("processes", _processes_explained(plan), ", ".join(parts), DEVICES),
+        Line("strategy", processes.strategy, _strategy_explained(plan), EXTRAS),
         Line("number formats", *_dtypes_explained(plan), ("train.precision", "parallel.strategy")),
         Line("global batch", f"{batch.global_batch_size} samples", _batch_explained(plan), (*BATCH, *DEVICES)),
     ]
@@ -65,16 +50,24 @@ def explain(plan: Plan) -> list[Line]:
         why = f"of {batch.global_batch_size}; the mean is over these, none is dropped or repeated"
         lines.append(Line("last of an epoch", f"{last} samples", why, ("train.global_batch_size",)))
     lines.append(Line("learning rate", *_rates_explained(length, plan.config), (*RATES, *LENGTH)))
+    lines += work_lines(plan)
     lines.append(Line("checkpoints", *_saving_explained(plan.config.save), SAVING))
+    lines += disk_lines(plan)
     lines.append(Line("run folder", plan.run_folder))
     return lines
 
 
+def _processes_explained(plan: Plan) -> str:
+    processes = plan.processes
+    of = f", {processes.devices} devices" if processes.device == "xla" else ""
+    return f"{processes.world_size} on {processes.device}{of}"
+
+
 def _batch_explained(plan: Plan) -> str:
-    batch, world_size = plan.batch, plan.processes.world_size
+    batch, parts = plan.batch, f"{plan.processes.replicas} {plan.processes.noun}"
     if batch.candidates:
         return f"micro-batch: the largest of {', '.join(map(str, batch.candidates))} that fits, found at the start"
-    return f"micro-batch {batch.micro_batch_size} × accumulation {batch.accumulation} × {world_size} processes"
+    return f"micro-batch {batch.micro_batch_size} × accumulation {batch.accumulation} × {parts}"
 
 
 def _dtypes_explained(plan: Plan) -> tuple[str, str]:
@@ -84,6 +77,22 @@ def _dtypes_explained(plan: Plan) -> tuple[str, str]:
         return dtypes.forward, "throughout"
     scaled = ", loss scaled" if dtypes.forward == "float16" else ""
     return f"{dtypes.forward} in forward and backward{scaled}", ", ".join(f"{k} {v}" for k, v in rest.items())
+
+
+def _strategy_explained(plan: Plan) -> str:
+    memory, chosen = plan.memory, plan.processes.strategy
+    extras = _extras_explained(plan.config.train)
+    if plan.config.parallel.strategy != "auto" or memory is None or plan.processes.world_size == 1:
+        return extras
+    if memory.capacity is None:
+        return f"the plainest, for the memory of a process is not known; {extras}"
+    if not memory.fits(chosen):
+        return f"none fits, and this one needs least; {extras}"
+    plainer = [each for each in list(memory.needs)[: list(memory.needs).index(chosen)] if each in TAKEN_BY_AUTO]
+    if not plainer:
+        return f"the plainest, and it fits; {extras}"
+    needed = size_in_words(memory.bytes(plainer[-1]))
+    return f"the plainest that fits: {plainer[-1]} needs {needed} of {size_in_words(memory.capacity)}; {extras}"
 
 
 def _extras_explained(train: TrainSection) -> str:

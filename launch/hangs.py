@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,10 +40,14 @@ class Hang:
     seconds: float
     waiting: int
     """How many others wait."""
+    elsewhere: str = ""
+    """Where one of them does, if this rank waits too: for another exchange then."""
 
     def __str__(self) -> str:
         who = f"rank {self.rank} ({self.host})"
         others = f"; {self.waiting} other{'s' if self.waiting > 1 else ''} wait{'' if self.waiting > 1 else 's'} for it"
+        if self.elsewhere:
+            others = f", and waits there itself; elsewhere {self.elsewhere}"
         at = f"after update {self.beat.update}, {self.beat.phase}, {self.beat.where}"
         if self.silent:
             return f"{who} has told nothing for {self.seconds:.0f} s, and was last seen {at}{others}"
@@ -63,8 +68,13 @@ def find_hang(heard: Mapping[int, Heard], ranks: int, now: float, limit: float) 
     slow = beat.phase in SLOW_PHASES or min(each.beat.update for each in heard.values()) == 0
     if min(still.values()) < limit * (PATIENCE if slow and culprit not in silent else 1.0):
         return None
-    others = len(waiting - {culprit})
-    return Hang(culprit, heard[culprit].host, beat, culprit in silent, still[culprit], others)
+    others = sorted(waiting - {culprit})
+    elsewhere = ""
+    if beat.waits and culprit not in silent and others:
+        first = heard[others[0]]
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        elsewhere = f"rank {others[0]} ({first.host}){more}: {first.beat.where}"
+    return Hang(culprit, heard[culprit].host, beat, culprit in silent, still[culprit], len(others), elsewhere)
 
 
 def _still_for(heard: Heard, now: float) -> float:
@@ -72,13 +82,25 @@ def _still_for(heard: Heard, now: float) -> float:
     return heard.beat.seconds + (now - heard.time)
 
 
+def who_works(heard: Mapping[int, Heard]) -> int | None:
+    """The first rank that does not wait for others, if there is one."""
+    return min((rank for rank, each in heard.items() if not each.beat.waits), default=None)
+
+
 def _culprit(heard: Mapping[int, Heard], silent: set[int], waiting: set[int]) -> int:
-    """Who is silent; else who does not wait; else who waits for what the recipe asked for; else who is ahead."""
+    """Who is silent; else who does not wait; else who waits elsewhere than most; else who is ahead.
+
+    Of as many here as there: who waits for what the recipe asked for, an exchange too many rather than one too few.
+    """
     if silent:
         return min(silent, key=lambda rank: heard[rank].time)
     if working := sorted(set(heard) - waiting):
         return working[0]
-    asked = [rank for rank in sorted(waiting) if heard[rank].beat.asked_by_recipe]
-    if asked and len(asked) < len(waiting):
-        return asked[0]
+    places = Counter(heard[rank].beat.where for rank in waiting)
+    if len(places) > 1:
+        return min(sorted(waiting), key=lambda rank: _oddity(heard[rank].beat, places))
     return max(sorted(waiting), key=lambda rank: heard[rank].beat.update)
+
+
+def _oddity(beat: Beat, places: Counter[str]) -> tuple[int, bool, int]:
+    return places[beat.where], not beat.asked_by_recipe, -beat.update

@@ -161,14 +161,15 @@ def _evaluations(folders: Iterable[Path]) -> tuple[dict[int, float], dict[int, f
 # --- pruning ---------------------------------------------------------------------------------------------
 
 
-def superfluous(entries: list[Entry], keep_last: int | None, keep_best: int) -> list[Entry]:
+def superfluous(entries: list[Entry], keep_last: int | None, keep_best: int, every: int | None = None) -> list[Entry]:
     """What may go: leftovers, and good checkpoints beyond the newest `keep_last` and the `keep_best` best ones.
 
-    Damaged ones count for nothing, and those with their name stay: `shoal resume` sets them aside, for a person to
-    look at. Those set aside may go once there is a good one.
+    Of those after each `every`-th update the newest stays too. Damaged ones count for nothing, and those with their
+    name stay: `shoal resume` sets them aside, for a person to look at. Those set aside may go once there is a good one.
     """
     good = [entry for entry in entries if entry.good]
-    kept = {entry.folder for entry in [*good[:keep_last], *best_first(good)[:keep_best]]}
+    to_go_back_to = [entry for entry in good if every and entry.update % every == 0][:1]
+    kept = {entry.folder for entry in [*good[:keep_last], *best_first(good)[:keep_best], *to_go_back_to]}
 
     def may_go(entry: Entry) -> bool:
         if entry.state == "set aside as damaged":

@@ -16,11 +16,13 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from launch import slurm
 from launch.cluster import profile, refuse_candidates
 from launch.errors import ConfigError, LaunchError, RunFolderError, TopologyError
+from launch.out_of_memory import kills_on_host
 from launch.plan import Plan, decide
 from launch.printing import complain
 from launch.record import (
@@ -34,13 +36,14 @@ from launch.record import (
     write_json,
 )
 from launch.registry import find_run_file
+from launch.report.refresh import kept_reported
 from launch.rollcall import RollCall, hosts_of_this_machine
 from launch.root_cause import End
 from launch.sbatch import step_command, step_environment
 from launch.slurm_names import Job
 from launch.supervise import POLL_SECONDS, Ending, Place, Signals, saved_updates, say, supervise
 from launch.sweep import SWEEP, write_comparison
-from launch.topology import ANNOUNCED, Machine, read_slurm_job, worker_environment, world_to_be
+from launch.topology import ANNOUNCED, read_machine, read_slurm_job, worker_environment, world_to_be
 
 GRACE_SECONDS = 10.0
 """How long tasks may take to leave before they are killed."""
@@ -82,7 +85,7 @@ def _folder(arguments: list[str], job: Job) -> Path:
 def _planned_here(file: str, overrides: list[str], job: Job) -> Path:
     """Plan a run file for the nodes and tasks of this job."""
     per_node = job.tasks_per_node or 1
-    machine = Machine(job.node, job.cpus_per_task * per_node, job.gpus)
+    machine = replace(read_machine(), host=job.node, cores=job.cpus_per_task * per_node, gpus=job.gpus)
     stem = Path(find_run_file(file)).stem
     folder = Path("runs") / (f"{stem}-{job.id}" if job.index is None else f"{stem}-{job.id}-{job.index:03d}")
     plan = decide(file, overrides, folder, world_to_be(job.nodes, per_node), machine, beneath=profile()).plan
@@ -106,8 +109,9 @@ def carry_out(folder: Path, job: Job) -> int:
         return 0
     with Signals() as signals:  # of the job's time, from its first moment to its last
         plan = read_plan(folder)
-        ending = _see_through(plan, folder, job, signals)
-        return _conclude(plan, folder, job, ending, signals.first)
+        with kept_reported(folder):  # the last time once the job is queued again, which must not wait for it
+            ending = _see_through(plan, folder, job, signals)
+            return _conclude(plan, folder, job, ending, signals.first)
 
 
 def _see_through(plan: Plan, folder: Path, job: Job, signals: Signals) -> Ending:
@@ -201,6 +205,7 @@ class StepRanks:
         self.ends: list[End] = []
         self._told = False
         self._failed_at: float | None = None
+        self._kills = kills_on_host()  # tasks have control groups of their own, which end with them
         self._log, self._read = folder / "logs" / "launcher.log", 0
         environment = step_environment(plan)
         if roll:
@@ -222,6 +227,13 @@ class StepRanks:
         if size > self._read and (self._failed_at is None or now - self._failed_at < AT_ONCE_SECONDS):
             self._read = size  # it is looked at ten times a second, and may be on a slow file system
             self.ends = failures(self._log.read_text(encoding="utf-8", errors="replace"))
+            kills, here = kills_on_host(), socket.gethostname()
+            if kills is not None and self._kills is not None:
+                known = kills - self._kills
+                self.ends = [
+                    replace(end, out_of_memory_kills=end.out_of_memory_kills or known) if end.host == here else end
+                    for end in self.ends
+                ]
         if code and not self.ends:
             self.ends = [End(code)]
         if self.ends and self._failed_at is None:
@@ -279,7 +291,8 @@ def failures(said: str) -> list[End]:
     ends = []
     for host, tasks, code, how in _EXITED.findall(said):
         number = int(code) if code else -_SIGNALS.get(how.strip(), signal.SIGTERM)
-        ends.append(End(number, int(re.split(r"[,-]", tasks)[0]), host))
+        kills = 1 if how.strip() == "Out Of Memory" else None
+        ends.append(End(number, int(re.split(r"[,-]", tasks)[0]), host, kills))
     return ends
 
 

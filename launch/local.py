@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from typing import IO
 
 import psutil
 
+from launch.out_of_memory import kills_around
 from launch.plan import Plan
 from launch.processes import alive, die_with_parent, session_of
 from launch.rollcall import LOOPBACK, RollCall
@@ -24,24 +26,29 @@ GRACE_SECONDS = 10.0
 """How long stopped workers may take to leave before they are killed."""
 
 
-def run(plan: Plan, folder: Path, *, restarts: bool = True) -> Ending:
+def run(plan: Plan, folder: Path, *, restarts: bool = True, quiet: bool = False) -> Ending:
     """Start the workers of `plan` here and see them through, as `launch.supervise` does.
 
-    Their progress appears on our stderr. Library noise and tracebacks go to logs/, complete.
+    Their progress appears on our stderr, or, if we are to be `quiet`, in logs/launcher.log. Library noise and
+    tracebacks go to logs/, complete.
     """
-    return supervise(plan, folder, start, Place([LOOPBACK]), restarts=restarts)
+    begin = functools.partial(start, quiet=quiet)
+    return supervise(plan, folder, begin, Place([LOOPBACK]), restarts=restarts)
 
 
-def start(plan: Plan, folder: Path, roll: RollCall | None) -> LocalRanks:
+def start(plan: Plan, folder: Path, roll: RollCall | None, *, quiet: bool = False) -> LocalRanks:
     """Start all ranks here."""
-    return LocalRanks(plan, folder, roll.announcement if roll else None, 0)
+    return LocalRanks(plan, folder, roll.announcement if roll else None, 0, quiet=quiet)
 
 
 class LocalRanks:
     """Ranks that are children of ours."""
 
-    def __init__(self, plan: Plan, folder: Path, announcement: str | None, first_rank: int) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, announcement: str | None, first_rank: int, *, quiet: bool = False
+    ) -> None:
         self.ends: list[End] = []
+        self._kills = kills_around()
         self._told: set[int] = set()
         self._ended: set[int] = set()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -57,7 +64,7 @@ class LocalRanks:
                     plan.command,
                     env=worker_environment(environment),
                     stdin=subprocess.DEVNULL,
-                    stdout=_stderr(),
+                    stdout=log if quiet else _stderr(),
                     stderr=log,
                     start_new_session=True,  # Ctrl-C reaches the workers through us alone
                     preexec_fn=die_with_parent,
@@ -71,7 +78,9 @@ class LocalRanks:
                 continue
             self._ended.add(rank)
             if code:
-                self.ends.append(End(code, rank, socket.gethostname()))
+                kills = kills_around()
+                known = None if kills is None or self._kills is None else kills - self._kills
+                self.ends.append(End(code, rank, socket.gethostname(), known))
 
     @property
     def left(self) -> int:

@@ -88,7 +88,7 @@ def is_here(address: Address) -> bool:
 # --- lines between launchers -----------------------------------------------------------------------------
 
 
-class _Line:
+class Line:
     """A connection on which each line is a message."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -121,6 +121,21 @@ class _Line:
         return [message for message in messages if isinstance(message, dict)]
 
 
+def serve(address: Address) -> socket.socket:
+    """What listens for the other machines.
+
+    Raises:
+        TopologyError: the port is taken.
+    """
+    try:
+        return socket.create_server(("", address.port), backlog=128)
+    except OSError as error:
+        raise TopologyError(
+            f"{socket.gethostname()}: --rdzv {address}: {error.strerror}; another run may meet there: choose another "
+            "port, on all machines"
+        ) from None
+
+
 # --- the leader ------------------------------------------------------------------------------------------
 
 
@@ -149,14 +164,8 @@ class _Team:
 
     def __init__(self, plan: Plan, folder: Path, address: Address) -> None:
         self._plan, self._folder, self._address = plan, folder, address
-        try:
-            self._listener = socket.create_server(("", address.port), backlog=128)
-        except OSError as error:
-            raise TopologyError(
-                f"{socket.gethostname()}: --rdzv {address}: {error.strerror}; another run may meet there: choose "
-                "another port, on all machines"
-            ) from None
-        self.lines: list[_Line] = []
+        self._listener = serve(address)
+        self.lines: list[Line] = []
         self.signals = Signals()
 
     def start(self, plan: Plan, folder: Path, roll: RollCall | None) -> _TeamRanks:
@@ -176,9 +185,9 @@ class _Team:
                 told = missing
                 say(f"waiting for {missing} more at {self._address}: run the same command on each machine")
             if select.select([self._listener], [], [], POLL_SECONDS)[0]:
-                self._welcome(_Line(self._listener.accept()[0]))
+                self._welcome(Line(self._listener.accept()[0]))
 
-    def _welcome(self, line: _Line) -> None:
+    def _welcome(self, line: Line) -> None:
         for message in line.read(5.0)[:1]:
             line.host = str(message.get("host"))
             problem = self._problem(message)
@@ -211,7 +220,7 @@ class _Team:
 class _TeamRanks:
     """The ranks of all machines: those here, and what the others say of theirs."""
 
-    def __init__(self, local: LocalRanks, lines: list[_Line]) -> None:
+    def __init__(self, local: LocalRanks, lines: list[Line]) -> None:
         self._local, self._lines = local, lines
         self._working = {*lines}
         self.ends: list[End] = []
@@ -229,9 +238,9 @@ class _TeamRanks:
                 self._working.remove(line)
                 self.ends.append(End(1, None, line.host))
 
-    def _hear(self, line: _Line, message: dict[str, Any]) -> None:
+    def _hear(self, line: Line, message: dict[str, Any]) -> None:
         for failed in message.get("failed", []):
-            self.ends.append(End(failed["code"], failed["rank"], line.host))
+            self.ends.append(End(failed["code"], failed["rank"], line.host, failed["kills"]))
         if "left" in message:
             self._working.discard(line)
 
@@ -272,7 +281,7 @@ def follow(plan: Plan, address: Address) -> Ending:
         RunFolderError: its run folder is not seen here.
     """
     with Signals() as signals:
-        line = _reach(address, signals)
+        line = reach(address, signals)
         line.send(host=socket.gethostname(), config=plan.config.model_dump(mode="json"))
         folder: Path | None = None
         while True:
@@ -294,7 +303,12 @@ def follow(plan: Plan, address: Address) -> Ending:
                 return Ending(PREEMPTED, "stopped before the run began")
 
 
-def _reach(address: Address, signals: Signals) -> _Line:
+def reach(address: Address, signals: Signals, command: str = "shoal run") -> Line:
+    """A line to the launcher at an address, which may be started later; there by the same command.
+
+    Raises:
+        TopologyError: nobody answers there in time.
+    """
     until = time.monotonic() + REACH_SECONDS
     told = False
     while True:
@@ -303,7 +317,7 @@ def _reach(address: Address, signals: Signals) -> _Line:
         except OSError as error:
             if time.monotonic() > until or signals.first is not None:
                 raise TopologyError(
-                    f"{socket.gethostname()}: cannot reach {address}: {error.strerror or error}; is `shoal run` "
+                    f"{socket.gethostname()}: cannot reach {address}: {error.strerror or error}; is `{command}` "
                     "started there, and may the port be used?"
                 ) from None
             if not told:
@@ -312,7 +326,7 @@ def _reach(address: Address, signals: Signals) -> _Line:
             signals.quiet_for(1.0)
             continue
         connection.settimeout(None)
-        return _Line(connection)
+        return Line(connection)
 
 
 def _shared(folder: Path, address: Address) -> Path:
@@ -324,7 +338,7 @@ def _shared(folder: Path, address: Address) -> Path:
     return folder
 
 
-def _work(plan: Plan, folder: Path, line: _Line, begun: dict[str, Any], signals: Signals) -> None:
+def _work(plan: Plan, folder: Path, line: Line, begun: dict[str, Any], signals: Signals) -> None:
     """Start the ranks of this machine and see them through; what the leader must know is sent to it."""
     ranks = LocalRanks(plan, folder, begun["announcement"], begun["first_rank"])
     reported = 0
@@ -353,8 +367,8 @@ def _work(plan: Plan, folder: Path, line: _Line, begun: dict[str, Any], signals:
         line.send(left=True)
 
 
-def _report(ranks: LocalRanks, reported: int, line: _Line) -> int:
+def _report(ranks: LocalRanks, reported: int, line: Line) -> int:
     """Tell the leader of the ranks that have failed since; how many it knows of now."""
     if new := ranks.ends[reported:]:
-        line.send(failed=[{"rank": end.rank, "code": end.code} for end in new])
+        line.send(failed=[{"rank": end.rank, "code": end.code, "kills": end.out_of_memory_kills} for end in new])
     return len(ranks.ends)

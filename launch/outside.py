@@ -158,6 +158,8 @@ def _with_devices(loaded: Loaded, accelerate: Layer) -> Loaded:
     if machines and machines > 1 and loaded.origin("parallel.nodes") == DEFAULT:
         loaded = loaded.with_parallel("nodes", machines, accelerate.places["num_machines"])
     size, nodes = accelerate.values.get("num_processes"), loaded.config.parallel.nodes
+    if "xla" in (loaded.config.parallel.strategy, loaded.config.parallel.device):
+        return loaded  # one process has all devices
     if loaded.config.parallel.devices != "auto" or not size or size == -1 or size % nodes:
         return loaded
     return loaded.with_parallel("devices", size // nodes, accelerate.places["num_processes"])

@@ -17,8 +17,10 @@ from launch import local
 from launch.errors import LaunchError, StoppedError
 from launch.plan import decide
 from launch.record import create_run_folder, held, read_plan
+from launch.recorded import METRICS
 from launch.strategy import Strategy
 from launch.topology import World
+from launch.words import roughly
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def compare(
             outcome = _beside(strategy, size, own, folder / outcomes[0].folder, outcomes[0].tolerances)
         outcomes.append(replace(outcome, seconds=time.monotonic() - started))
         yield outcomes[-1]
-    said(f"{len(outcomes)} cases in {duration(sum(outcome.seconds for outcome in outcomes))}")
+    said(f"{len(outcomes)} cases in {roughly(sum(outcome.seconds for outcome in outcomes))}")
 
 
 def _run(file: str, overrides: list[str], strategy: Strategy, size: int, folder: Path) -> str:
@@ -163,15 +165,7 @@ def _progress(strategy: Strategy, size: int, total: int, before: list[Outcome]) 
     if not took:
         return head
     each = sum(took) / len(took)
-    return f"{head}  ({duration(each)} a case, about {duration(each * (total - len(before)))} left)"
-
-
-def duration(seconds: float) -> str:
-    """A time as one would say it."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{head}  ({roughly(each)} a case, about {roughly(each * (total - len(before)))} left)"
 
 
 def _beside(
@@ -198,7 +192,7 @@ def _beside(
 
 def _records(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """What a run recorded, by kind and update, in its order."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     return {(record["kind"], record["update"]): record for record in map(json.loads, lines)}
 
 

@@ -25,8 +25,9 @@ COLOURS = {
     Strategy.ZERO2_OFFLOAD: "#E69F00",
     Strategy.ZERO3: "#882255",
     Strategy.ZERO3_OFFLOAD: "#CC79A7",
+    Strategy.XLA: "#F0E442",
 }
-MARKERS = {"single": "", "ddp": "o", "fsdp2": "s", "zero1": "v", "zero2": "^", "zero3": "D"}
+MARKERS = {"single": "", "ddp": "o", "fsdp2": "s", "zero1": "v", "zero2": "^", "zero3": "D", "xla": "P"}
 """Of a strategy without `_offload`; with it the same, larger and hollow, so that it shows around the other."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)), (0, (9, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 """Line styles by the position of a number of processes among those that were run; they repeat after the sixth."""

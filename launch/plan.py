@@ -18,41 +18,28 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from launch import __version__
 from launch.assets import code_root
 from launch.cache import Cache
+from launch.comparison import Comparison, compare
 from launch.config import Loaded, load
+from launch.deepspeed_file import bucket_of_deepspeed
 from launch.errors import ConfigError, TopologyError
 from launch.fitting import Fits, question, recall
+from launch.memory import Setting
 from launch.outside import agreed, read_outside, take_over
+from launch.placement import Processes, check_abilities, place
 from launch.recipe import Preview, RecipeContext
 from launch.registry import Recipe, find_run_file, load_recipe
-from launch.render import deepspeed_config
+from launch.render import BUCKET, deepspeed_config
 from launch.schedule import Schedule, total_updates, updates_per_epoch, warmup_updates
 from launch.sections import RunConfig
 from launch.source import Layer
-from launch.strategy import Dtypes, Strategy, planned_dtypes
-from launch.topology import Device, Machine, World, cache_folder, read_machine
-
-CPU_RANKS_PER_CORE = 4
-"""More processes than this on one core only get in each other's way; a larger number is a slip."""
+from launch.strategy import Dtypes, planned_dtypes
+from launch.topology import Machine, World, cache_folder, read_machine
+from launch.trackers import check_trackers
+from launch.versions import TORCH_XLA
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Processes(_Frozen):
-    """How many processes, where, and with what."""
-
-    strategy: Strategy
-    device: Device
-    nodes: int
-    per_node: int
-    world_size: int
-    threads: int
-    """CPU threads each process computes with."""
-    device_name: str
-    """Make of the GPUs; empty where it is not known."""
-    memory_bytes: int
-    """Main memory for each process."""
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
 
 EVAL_BATCH_SIZE = 8
@@ -97,10 +84,27 @@ class Plan(_Frozen):
     """Number formats; the workers check that they are the real ones."""
     deepspeed: dict[str, JsonValue] | None
     """DeepSpeed's configuration, in full; None for other strategies."""
+    memory: Comparison | None = None
+    """What each strategy needs; None where the architecture of the model is not known, and of an evaluation."""
     run_folder: str
     command: tuple[str, ...]
     environment: dict[str, str]
     """What the launcher adds to the environment of the workers."""
+
+    @property
+    def rows(self) -> int:
+        """Samples of a micro-batch, over all devices of a process."""
+        return self.batch.micro_batch_size * self.processes.devices
+
+    @property
+    def eval_rows(self) -> int:
+        """The same of an evaluation."""
+        return self.batch.eval_batch_size * self.processes.devices
+
+    @property
+    def buckets(self) -> int | None:
+        """How many widths batches may have; None: any number."""
+        return self.config.parallel.xla_widths if self.processes.device == "xla" else None
 
     def schedule(self, samples: int | None) -> Schedule:
         """The learning rate of every update, once the number of training samples is known (of a stream it never is)."""
@@ -142,12 +146,17 @@ def decide(
     preview = recipe.preview(RecipeContext(cache, loaded.config.train.seed))
     folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
     _check_best_metric(loaded, preview)
-    machine = machine or read_machine()
+    if not evaluates:
+        check_trackers(loaded)
     outside = read_outside(loaded, world)
     loaded = take_over(loaded, outside)
+    elsewhere = machine is not None
+    machine = machine or read_machine()  # once all files are known to be right
+
+    bucket = bucket_of_deepspeed(outside.deepspeed) if outside.deepspeed else None
 
     def planned(fits: Fits | None) -> Plan:
-        plan = make_plan(loaded, machine, world, preview, folder, fits, evaluates=evaluates)
+        plan = make_plan(loaded, machine, world, preview, folder, fits, evaluates=evaluates, bucket=bucket)
         return plan.model_copy(update={"deepspeed": agreed(plan, loaded, outside)})
 
     plan = planned(None)
@@ -157,6 +166,11 @@ def decide(
         raise TopologyError(
             f"{loaded.place('parallel.strategy')}: parallel.strategy = {plan.processes.strategy}: the package "
             "deepspeed is not installed; pip install 'shoal[deepspeed]', or use parallel.strategy=fsdp2"
+        )
+    if plan.processes.device == "xla" and not elsewhere and importlib.util.find_spec("torch_xla") is None:
+        raise TopologyError(
+            f"{loaded.place('parallel.strategy')}: parallel.strategy = xla: the package torch_xla is not installed; "
+            f"{TORCH_XLA}, or use parallel.device=cpu"
         )
     return Decided(plan, loaded, recipe)
 
@@ -188,22 +202,27 @@ def make_plan(
     fits: Fits | None = None,
     *,
     evaluates: bool = False,
+    bucket: int | None = None,
 ) -> Plan:
     """Decide a run on this machine, or inside the `world` that a launcher has already started.
 
-    `fits` is what is known of `train.micro_batch_size=auto`.
+    `fits` is what is known of `train.micro_batch_size=auto`, `bucket` what a DeepSpeed file says of its buffers.
 
     Raises:
         TopologyError: the devices asked for are not there, or cannot compute as asked.
         ConfigError: the global batch size does not divide, or settings exclude each other.
     """
     config = loaded.config
-    processes = _processes(loaded, machine, world)
-    _check_abilities(loaded, processes)
+    processes = place(loaded, machine, world)
+    memory = None
     if evaluates:
-        batch = _evaluation_batch(loaded, processes.world_size)
+        batch = _evaluation_batch(loaded, processes.replicas)
     else:
-        batch = _batch(loaded, processes.world_size, preview, fits)
+        batch = _batch(loaded, processes, preview, fits)
+        memory = _memory(config, processes, batch, preview, bucket)
+        if memory and config.parallel.strategy == "auto" and not world.strategy and (world.to_be or not world.launched):
+            processes = processes.model_copy(update={"strategy": memory.choose()})
+    check_abilities(loaded, processes)
     return Plan(
         shoal=__version__,
         config=config,
@@ -212,143 +231,43 @@ def make_plan(
         length=_length(config, preview),
         dtypes=planned_dtypes(processes.strategy, config.train.precision),
         deepspeed=_deepspeed(config, processes, batch),
+        memory=memory,
         run_folder=str(run_folder),
         command=_command(run_folder),
         environment=_environment(processes),
     )
 
 
-def _processes(loaded: Loaded, machine: Machine, world: World) -> Processes:
-    parallel = loaded.config.parallel
-    device = _device(loaded, machine)
-    nodes, per_node = parallel.nodes, _devices_per_node(loaded, machine, device)
-    if world.launched:
-        nodes, per_node = _launched(loaded, machine, world)
-    elif parallel.nodes > 1:
-        raise TopologyError(
-            f"{loaded.place('parallel.nodes')}: parallel.nodes = {parallel.nodes}: `shoal run` starts the processes "
-            "of one machine; for several use `shoal submit` (SLURM), or start it on each with --rdzv host:port"
-        )
-    size = nodes * per_node
-    strategy = _strategy(loaded, world, size)
-    threads = max(1, machine.cores // per_node)
-    if world.step and world.step.cpus:  # each task may be bound to its own, and see no others
-        threads = world.step.cpus
-    return Processes(
-        strategy=strategy,
-        device=device,
-        nodes=nodes,
-        per_node=per_node,
-        world_size=size,
-        threads=threads,
-        device_name=machine.gpu_name if device == "cuda" else "",
-        memory_bytes=machine.memory_bytes // per_node,
+def _memory(
+    config: RunConfig, processes: Processes, batch: BatchPlan, preview: Preview, bucket: int | None
+) -> Comparison | None:
+    train = config.train
+    if preview.model is None:
+        return None
+    setting = Setting(
+        world_size=processes.replicas,
+        micro_batch_size=batch.micro_batch_size,
+        accumulation=batch.accumulation,
+        numbers_low=train.precision != "fp32",
+        on_cpu=processes.device == "cpu",
+        optimizer=train.optimizer,
+        momentum=train.sgd_momentum > 0,
+        checkpointing=train.activation_checkpointing,
+        bucket=bucket or BUCKET,
     )
+    on_device = processes.gpu_memory_bytes if processes.device in ("cuda", "xla") else processes.memory_bytes
+    return compare(preview.model, setting, processes.device, on_device or None)
 
 
-def _strategy(loaded: Loaded, world: World, size: int) -> Strategy:
-    """The stated strategy, which a launcher's own must not contradict; else the launcher's; else by the number."""
-    key, stated = "parallel.strategy", loaded.config.parallel.strategy
-    if stated == "auto":
-        return Strategy(world.strategy or ("ddp" if size > 1 else "single"))
-    if stated == "single" and size > 1:
-        raise TopologyError(
-            f"{loaded.place(key)}: {key} = single, but there are {size} processes; use {key}=ddp, or parallel.devices=1"
-        )
-    if world.strategy and world.strategy != stated:
-        raise TopologyError(
-            f"{loaded.place(key)}: {key} = {stated}, but the launcher was configured for {world.strategy}; state the "
-            f"same in both, or leave {key} out"
-        )
-    if Strategy(stated).kind in ("fsdp2", "zero") and size == 1:
-        raise TopologyError(
-            f"{loaded.place(key)}: {key} = {stated}: there is one process, and nothing to shard over; use "
-            f"{key}=single, or parallel.devices=2 or more"
-        )
-    return Strategy(stated)
-
-
-def _check_abilities(loaded: Loaded, processes: Processes) -> None:
-    """Refuse what a device or a strategy cannot do; nothing is ever replaced by something near it."""
-    train, strategy = loaded.config.train, processes.strategy
-    if train.precision == "fp16" and processes.device == "cpu":
-        key = "train.precision"
-        raise TopologyError(
-            f"{loaded.place(key)}: {key} = fp16: needs a GPU, and this run is on the CPU; use {key}=bf16 or {key}=fp32"
-        )
-    if train.optimizer == "adafactor" and strategy.shards:
-        key = "train.optimizer"
-        raise ConfigError(
-            f"{loaded.place(key)}: {key} = adafactor: looks at rows and columns of whole matrices, of which {strategy} "
-            f"keeps pieces; use {key}=adamw, or parallel.strategy=ddp"
-        )
-
-
-def _launched(loaded: Loaded, machine: Machine, world: World) -> tuple[int, int]:
-    """Nodes, and processes on each, as a launcher has started them; a configuration that says otherwise is wrong."""
-    parallel = loaded.config.parallel
-    nodes, uneven = divmod(world.size, world.local_size)
-    if uneven:
-        raise TopologyError(
-            f"the launcher started {world.size} processes, {world.local_size} of them on {machine.host}; "
-            "start the same number on every node"
-        )
-    stated = parallel.nodes * parallel.devices if isinstance(parallel.devices, int) else None
-    for key, contradicted in (
-        ("parallel.devices", stated is not None and stated != world.size),
-        ("parallel.nodes", "parallel.nodes" in loaded.layer.places and parallel.nodes != nodes),
-    ):
-        if contradicted:
-            value = getattr(parallel, key.removeprefix("parallel."))
-            raise TopologyError(
-                f"{loaded.place(key)}: {key} = {value}: the configuration means {parallel.devices} devices on each of "
-                f"{parallel.nodes} nodes, but the launcher started {world.size} processes on {nodes} nodes; "
-                f"state the same in both, or leave {key} out"
-            )
-    return nodes, world.local_size
-
-
-def _device(loaded: Loaded, machine: Machine) -> Device:
-    device = loaded.config.parallel.device
-    if device == "auto":
-        return "cuda" if machine.gpus else "mps" if machine.mps else "cpu"
-    if (device == "cuda" and not machine.gpus) or (device == "mps" and not machine.mps):
-        hidden = " (CUDA_VISIBLE_DEVICES counts too)" if device == "cuda" else ""
-        raise TopologyError(
-            f"{loaded.place('parallel.device')}: parallel.device = {device}: {machine.host} has none{hidden}; "
-            f"use parallel.device={'cuda' if machine.gpus else 'cpu'}"
-        )
-    return device
-
-
-def _devices_per_node(loaded: Loaded, machine: Machine, device: Device) -> int:
-    devices = loaded.config.parallel.devices
-    if devices == "auto":
-        return machine.gpus if device == "cuda" else 1
-    limit = {"cuda": machine.gpus, "mps": 1, "cpu": machine.cores * CPU_RANKS_PER_CORE}[device]
-    if devices > limit:
-        there = {
-            "cuda": f"{machine.host} has {limit} GPUs",
-            "mps": f"{machine.host} has 1 MPS device",
-            "cpu": f"{machine.host} has {'' if machine.gpus else 'no GPU and '}{machine.cores} CPU cores, good for at "
-            f"most {limit} processes",
-        }[device]
-        raise TopologyError(
-            f"{loaded.place('parallel.devices')}: parallel.devices = {devices}: {there}; "
-            f"use parallel.devices={limit} or fewer"
-        )
-    return devices
-
-
-def _batch(loaded: Loaded, world_size: int, preview: Preview, fits: Fits | None) -> BatchPlan:
-    train = loaded.config.train
+def _batch(loaded: Loaded, processes: Processes, preview: Preview, fits: Fits | None) -> BatchPlan:
+    train, world_size, noun = loaded.config.train, processes.replicas, processes.noun
     total = train.global_batch_size
     key = "train.global_batch_size"
     if total % world_size:
         near = ", ".join(str(n) for n in _multiples_around(total, world_size))
         raise ConfigError(
-            f"{loaded.place(key)}: {key} = {total}: does not divide over {world_size} processes; "
-            f"use {near}, or another number of processes"
+            f"{loaded.place(key)}: {key} = {total}: does not divide over {world_size} {noun}; "
+            f"use {near}, or another number of {noun}"
         )
     share = total // world_size
     divisors = [n for n in range(1, share + 1) if share % n == 0]
@@ -358,7 +277,7 @@ def _batch(loaded: Loaded, world_size: int, preview: Preview, fits: Fits | None)
         place = loaded.place("train.micro_batch_size")
         raise ConfigError(
             f"{place}: train.micro_batch_size = {micro}: {key} = {total} is not {micro} × accumulation × "
-            f"{world_size} processes; use train.micro_batch_size={closest}"
+            f"{world_size} {noun}; use train.micro_batch_size={closest}"
         )
     tokens = preview.tokens_per_sample
     return BatchPlan(
@@ -443,12 +362,28 @@ def _command(run_folder: Path) -> tuple[str, ...]:
 
 
 def _environment(processes: Processes) -> dict[str, str]:
-    environment = {"OMP_NUM_THREADS": str(processes.threads), **python_environment()}
+    environment = {"OMP_NUM_THREADS": str(processes.threads or 1), **python_environment()}
     if processes.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed guesses, and says so on stdout, wherever it is imported
         if not processes.strategy.shards:
             environment["ACCELERATE_USE_CPU"] = "true"
+    return environment | xla_environment(processes)
+
+
+def xla_environment(processes: Processes) -> dict[str, str]:
+    """Without it Accelerate would take XLA wherever torch_xla is installed, even with `Accelerator(cpu=True)`."""
+    if processes.device != "xla":
+        return {"USE_TORCH_XLA": "0"} if importlib.util.find_spec("torch_xla") else {}
+    environment = {
+        "USE_TORCH_XLA": "1",
+        "PJRT_DEVICE": "TPU" if processes.device_name.startswith("TPU") else "CPU",
+        # Else the numbers 0 and 1 are constants of a program, and a learning rate of 0 is compiled for (torch_xla 2.9).
+        "XLA_NO_SPECIAL_SCALARS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",  # with each program there would be a notice that GSPMD will be replaced
+    }
+    if environment["PJRT_DEVICE"] == "CPU":
+        environment["CPU_NUM_DEVICES"] = str(processes.devices)
     return environment
 
 

@@ -22,15 +22,17 @@ from launch.printing import complain
 from launch.recipe import Prepared, Progress, RecipeContext, Samples, Stream
 from launch.registry import Recipe, find_run_file, load_recipe
 from launch.sections import RunConfig
-from launch.stop import StopRequest, StopSignal, exit_code, spoken
+from launch.stop import StopRequest, StopSignal, exit_code, spoken, uncovered
 from launch.topology import cache_folder
 
 if TYPE_CHECKING:
     from launch.engine.progress import Display
 
 
-def prepare(recipe: Recipe, config: RunConfig, display: Display) -> tuple[Prepared, Cache]:
+def prepare(recipe: Recipe, config: RunConfig, display: Display, buckets: int | None = None) -> tuple[Prepared, Cache]:
     """Prepare what is not in the cache yet, and look at it. Needs no process group: waiting is for a file here.
+
+    `buckets` is how many widths batches may have, where that matters.
 
     Raises:
         LaunchError: the data cannot be had, or is none.
@@ -42,7 +44,7 @@ def prepare(recipe: Recipe, config: RunConfig, display: Display) -> tuple[Prepar
     display.say(f"preparing {config.recipe}")
     cache = Cache(cache_folder(), display.say)
     progress = Progress(display.start, display.advance, display.finish)
-    prepared = recipe.prepare(RecipeContext(cache, config.train.seed, progress))
+    prepared = recipe.prepare(RecipeContext(cache, config.train.seed, progress, buckets))
     check_data(config, prepared)
     return prepared, cache
 
@@ -98,7 +100,8 @@ def answer(work: Callable[[], str]) -> None:
     StopRequest().install()
     results = _keep_stdout_for_results()
     try:
-        found = work()
+        with uncovered():
+            found = work()
     except LaunchError as error:
         complain(str(error))
         sys.exit(error.exit_code)

@@ -26,6 +26,9 @@ STACK_SECONDS = 2.0
 DEPTH = 14
 """Innermost frames that are told."""
 
+AWAITS = "await_exchange"
+"""The function of `launch.engine.meters` in which a rank waits for an exchange."""
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -102,36 +105,39 @@ def look(frame: FrameType) -> tuple[Frame, ...]:
 
 def describe(frames: tuple[Frame, ...], update: int, seconds: float) -> Beat:
     """What a stack means."""
-    ours = [frame for frame in frames if not _is_foreign(frame[0])]
+    ours = [frame for frame in frames if not is_foreign(frame)]
     waiting = next((index for index, frame in enumerate(frames) if _waits(frame)), None)
     caller = None
     if waiting is not None:
-        caller = next((frame for frame in reversed(frames[:waiting]) if not _is_foreign(frame[0])), None)
+        caller = next((frame for frame in reversed(frames[:waiting]) if not is_foreign(frame)), None)
     phase = "working"
     for file, _, _ in frames:
         phase = next((name for end, name in PHASES if file.endswith(end)), phase)
     return Beat(
         update=update,
         phase=phase,
-        where=_shown(ours[-1] if ours else frames[-1]),
+        where=shown(ours[-1] if ours else frames[-1]),
         waits=waiting is not None,
         asked_by_recipe=caller is not None and "/launch/engine/" not in caller[0] and "/launch/train" not in caller[0],
         seconds=seconds,
-        stack=tuple(map(_shown, frames[-DEPTH:])) if seconds >= STACK_SECONDS else (),
+        stack=tuple(map(shown, frames[-DEPTH:])) if seconds >= STACK_SECONDS else (),
     )
 
 
 def _waits(frame: Frame) -> bool:
     """Whether it is in an exchange, or in a backward pass, which ends with one."""
     file, _, function = frame
-    return "/torch/distributed/distributed_c10d.py" in file or function == "_engine_run_backward"
+    return "/torch/distributed/distributed_c10d.py" in file or function in ("_engine_run_backward", AWAITS)
 
 
-def _is_foreign(file: str) -> bool:
-    return "/site-packages/" in file or "/lib/python" in file or file.startswith("<")
+def is_foreign(frame: Frame) -> bool:
+    """Whether it is neither of ours nor of a recipe's; the clock around exchanges counts as torch's."""
+    file, _, function = frame
+    return function == AWAITS or "/site-packages/" in file or "/lib/python" in file or file.startswith("<")
 
 
-def _shown(frame: Frame) -> str:
+def shown(frame: Frame) -> str:
+    """`file:line in function`."""
     file, line, function = frame
     path = Path(file)
     return f"{'/'.join(path.parts[-3:])}:{line} in {function}"

@@ -9,10 +9,12 @@ only inside its functions. A user's own recipe can import the files beside it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -46,6 +48,9 @@ LocalPath = Annotated[str, AfterValidator(_absolute)]
 
 LocalPaths = Annotated[tuple[LocalPath, ...], BeforeValidator(_as_tuple)]
 """One local file or a list of them."""
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+"""One text or a list of them."""
 
 HubNameOrFolder = Annotated[str, AfterValidator(_absolute_if_folder)]
 """A name on the Hugging Face Hub, or a local folder (made absolute)."""
@@ -124,6 +129,58 @@ class Progress:
     finish: Callable[[], None] = lambda: None
 
 
+_ANY_WIDTH: ContextVar[bool] = ContextVar("any_width", default=False)
+
+
+@contextlib.contextmanager
+def any_width() -> Iterator[None]:
+    """Meanwhile batches are padded as they are where their shapes may be any: the same on every device."""
+    token = _ANY_WIDTH.set(True)
+    try:
+        yield
+    finally:
+        _ANY_WIDTH.reset(token)
+
+
+@dataclass(frozen=True)
+class Width:
+    """To how many tokens a batch is padded whose longest sample has so many."""
+
+    multiple: int = 1
+    most: int | None = None
+    """Where multiples end, such as the positions of the model; a longer sample stays whole."""
+    buckets: int | None = None
+    """How many widths there are: the greatest, half of it, half of that …; None: any multiple."""
+
+    def __call__(self, longest: int) -> int:
+        """Tokens."""
+        return self.of(self.bucket(longest)) if self.few and self.most else self._multiple(longest)
+
+    @property
+    def few(self) -> bool:
+        """Whether there are only so many widths."""
+        return self.buckets is not None and not _ANY_WIDTH.get()
+
+    def bucket(self, longest: int) -> int:
+        """The number of the smallest width that has room, the greatest being 0; less for one that none has room for."""
+        assert self.most, "without a greatest width there is no other"
+        if longest > self.most:
+            return self.most - longest
+        found = 0
+        while found + 1 < (self.buckets or 1) and longest <= self.of(found + 1):
+            found += 1
+        return found
+
+    def of(self, bucket: int) -> int:
+        """The width of that number."""
+        assert self.most, "without a greatest width there is no other"
+        return self.most - bucket if bucket < 0 else self._multiple(-(-self.most // 2**bucket))
+
+    def _multiple(self, longest: int) -> int:
+        width = -(-longest // self.multiple) * self.multiple
+        return width if self.most is None else min(width, max(self.most, longest))
+
+
 @dataclass(frozen=True)
 class RecipeContext:
     """What a recipe may use of its surroundings."""
@@ -131,6 +188,43 @@ class RecipeContext:
     cache: Cache
     seed: int
     progress: Progress = field(default_factory=Progress)
+    buckets: int | None = None
+    """How many widths batches may have, where a device is compiled for each; None: any."""
+
+    def width(self, multiple: int, most: int | None) -> Width:
+        """How batches are to be padded: to a multiple, or to one of a few widths up to `most` tokens."""
+        return Width(multiple, most, self.buckets)
+
+
+Head = Literal["next_token", "masked_token", "sequence", "token", "span", "text_to_text"]
+"""What a model gives: scores of tokens, of a sequence's or a token's labels, of where an answer begins and ends."""
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters, all other weights frozen."""
+
+    rank: int
+    targets: tuple[str, ...] = ()
+    """Ends of the names of the layers that have them; none: what PEFT takes for the architecture."""
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    """A model and what it is used for, as far as its need of memory follows from it."""
+
+    config: Mapping[str, Any]
+    """The content of its config.json, with what the recipe changes in it."""
+    head: Head
+    tokens: int
+    """In the longest sample."""
+    target_tokens: int = 0
+    """In the longest text that is written, of a model that reads one text and writes another."""
+    outputs: int = 0
+    """Labels, where the head has any."""
+    padded: bool = True
+    """Whether samples differ in length, so that the model is given a mask."""
+    adapters: Adapters | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +235,8 @@ class Preview:
     tokens_per_sample: int | None = None
     metrics: tuple[str, ...] | None = None
     """Names of the numbers that an evaluation gives beside `loss`."""
+    model: ModelUse | None = None
+    """What the plan of memory follows from."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +259,12 @@ class Prepared:
     """Metrics that follow from the mean loss alone, such as perplexity; the first one is the headline."""
     scoring: Scoring | None = None
     """Metrics of predictions; None: the loss, and what follows from it, says all."""
+    without_targets: Callable[[Any], Any] | None = None
+    """Of a sample one of the same length that adds nothing to loss and count, to fill up a short batch with.
+
+    Needed only for devices that are compiled for each shape of a batch (XLA). `count` is not asked about it, and what
+    is predicted of it is dropped.
+    """
     targets: tuple[str, ...] = ("labels",)
     """Names in a batch that are for the loss alone: the model's forward pass is not given them."""
     facts: dict[str, Any] = field(default_factory=dict)

@@ -6,7 +6,10 @@ accelerate.yaml starts the same workers by plain `accelerate launch`
 plan.json       the plan, and where it was made: versions, git commit, environment (without secrets)
 logs/           rank-N.log, one per process
 metrics.jsonl   one object a line
+wandb.json      the id of the run in Weights & Biases; wandb/: the run, where it was offline
+tensorboard/    event files; mlflow.json, trackio.json: how far the run was sent there
 checkpoints/    step-000100/ …
+report.html     the page about it, by the launcher
 export/         the trained model as a Hugging Face folder
 adapter/        where adapters were trained, these alone
 result.json     how it ended well
@@ -36,6 +39,7 @@ from filelock import FileLock, Timeout
 
 from launch.assets import code_root
 from launch.config import dump_yaml
+from launch.disk import size_in_words
 from launch.errors import RunFolderError
 from launch.plan import Plan, as_json
 from launch.render import accelerate_yaml
@@ -215,8 +219,21 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"model: {result['export']} (reloaded and checked)")
     if "adapter" in result:
         lines.append(f"adapter alone: {result['adapter']} (reloaded and checked)")
+    if spent := result.get("seconds"):
+        lines.append(f"time: {shares(spent)}")
+    if peaks := [peak for peak in result.get("peak_memory", ()) if peak]:
+        planned = result.get("planned_memory")
+        told = f"; planned {size_in_words(planned)}" if planned else ""
+        lines.append(f"memory: {size_in_words(max(peaks))} for the fullest process at its peak{told}")
     lines.append(f"run folder: {result['run_folder']}")
     return "\n".join(lines)
+
+
+def shares(seconds: dict[str, float]) -> str:
+    """What took how much of the time, the most first; what took less than half a percent is left out."""
+    whole = sum(seconds.values()) or 1.0
+    parts = sorted(((spent / whole, what) for what, spent in seconds.items()), reverse=True)
+    return ", ".join(f"{what} {100 * share:.0f} %" for share, what in parts if share >= 0.005)
 
 
 def write_json(path: Path, content: Any) -> None:

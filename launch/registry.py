@@ -6,18 +6,20 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from launch.assets import recipes_folder
 from launch.config import Loaded
-from launch.errors import ConfigError
+from launch.errors import ConfigError, DataError
+from launch.keys import names_of
 from launch.own_recipe import import_file
 from launch.recipe import Prepared, Preview, RecipeArgs, RecipeContext
 from launch.sections import RunConfig
-from launch.source import Layer, read_run_file
+from launch.source import DEFAULT, Layer, place_of, read_run_file
 from launch.validation import validate
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ class Recipe:
 
     module: ModuleType
     args: RecipeArgs
+    layer: Layer = field(default_factory=Layer)
+    """Where the arguments were stated, for messages."""
 
     def prepare(self, context: RecipeContext) -> Prepared:
         """Every rank must call this."""
@@ -42,14 +46,29 @@ class Recipe:
         return prepared
 
     def preview(self, context: RecipeContext) -> Preview:
-        """What is known before launch; checks what can be checked without torch."""
+        """What is known before launch; checks what can be checked without torch.
+
+        Raises:
+            LaunchError: as the recipe has it, and of an argument that was stated where that was.
+        """
         preview = getattr(self.module, "preview", None)
-        return preview(self.args, context) if preview else Preview()
+        try:
+            return preview(self.args, context) if preview else Preview()
+        except (ConfigError, DataError) as error:
+            lines = "\n".join(_placed(line, self.layer) for line in str(error).splitlines())
+            raise type(error)(lines) from error.__cause__
 
     def tokenizer(self, context: RecipeContext) -> PreTrainedTokenizerBase | None:
         """The tokenizer without the data; None where the recipe gives it with the data only."""
         tokenizer = getattr(self.module, "tokenizer", None)
         return tokenizer(self.args, context) if tokenizer else None
+
+
+def _placed(line: str, layer: Layer) -> str:
+    """A message about an argument, begun by the place where that was stated."""
+    key = re.match(r"recipe_args(\.\w+)+", line)
+    place = place_of(layer, key[0]) if key else DEFAULT
+    return line if place == DEFAULT else f"{place}: {line}"
 
 
 def shipped_recipes() -> list[str]:
@@ -88,8 +107,9 @@ def load_recipe(loaded: Loaded) -> Recipe:
         ConfigError: no such recipe, a module that is not one, or arguments it does not take.
     """
     module = load_module(loaded.config.recipe, loaded.place("recipe"))
-    args = validate(module.Args, loaded.config.recipe_args, loaded.layer, "recipe_args")
-    return Recipe(module, args)
+    taken = names_of(module.Args, "recipe_args.")
+    args = validate(module.Args, loaded.config.recipe_args, loaded.layer, "recipe_args", also=lambda: taken)
+    return Recipe(module, args, loaded.layer)
 
 
 def recipe_of(config: RunConfig) -> Recipe:

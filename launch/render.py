@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from launch.plan import Plan
 
 
+BUCKET = 25_000_000
+"""Numbers that DeepSpeed gathers before it sums them, each in up to 14 bytes; by default twenty times as many."""
+
+
 def deepspeed_config(
     strategy: Strategy,
     micro_batch_size: int,
@@ -20,7 +24,7 @@ def deepspeed_config(
     precision: Precision,
 ) -> dict[str, Any]:
     """A complete DeepSpeed configuration: nothing in it is `auto`."""
-    zero: dict[str, Any] = {"stage": strategy.stage}
+    zero: dict[str, Any] = {"stage": strategy.stage, "reduce_bucket_size": BUCKET}
     if strategy.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
         if strategy.stage == 3:
@@ -54,7 +58,7 @@ def accelerate_values(strategy: Strategy, nodes: int, world_size: int) -> dict[s
 
     Batch sizes, precision and the like are not in it: the plan states them, and the worker reads the plan.
     """
-    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero": "DEEPSPEED"}
+    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero": "DEEPSPEED", "xla": "NO"}
     values: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "NO" if world_size == 1 else kinds[strategy.kind],
@@ -106,7 +110,10 @@ def accelerate_yaml(plan: Plan) -> str:
     return "".join(f"# {line}".rstrip() + "\n" for line in head) + "\n" + write_yaml(values)
 
 
-_NEEDED = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU")
+_NEEDED = (
+    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU"),
+    *("USE_TORCH_XLA", "PJRT_DEVICE", "CPU_NUM_DEVICES", "XLA_NO_SPECIAL_SCALARS", "TF_CPP_MIN_LOG_LEVEL"),
+)
 """What a user's own command must set; where our packages are found is not among it."""
 
 TORCHRUN = {

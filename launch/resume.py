@@ -16,6 +16,7 @@ HARMLESS_SECTIONS = ("track", "save", "parallel", "cluster")
 HARMLESS_KEYS = (
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile"),
     *("train.early_stopping_patience", "train.early_stopping_min_delta"),
+    *("train.on_nonfinite", "train.on_spike", "train.spike_deviations"),  # all other updates are as they were
     *("eval.batch_size", "eval.every_steps", "eval.every_epochs", "eval.at_start"),
 )
 
@@ -29,7 +30,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
     dangerous: list[str] = []
     for key, old, new in _differences(before, now):
         line = f"{key}: {json.dumps(old, ensure_ascii=False)} → {json.dumps(new, ensure_ascii=False)}"
-        (harmless if _is_harmless(key, now) else dangerous).append(line)
+        (harmless if _is_harmless(key, before, now) else dangerous).append(line)
     return harmless, dangerous
 
 
@@ -56,7 +57,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[
             yield key, old.get(key), new.get(key)
 
 
-def _is_harmless(key: str, now: dict[str, Any]) -> bool:
+def _is_harmless(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    if key == "save.every_steps" and {each["train"].get("on_spike") for each in (before, now)} == {"rewind"}:
+        return False  # it decides which weights a run goes back to
     if key.split(".")[0] in HARMLESS_SECTIONS or key in HARMLESS_KEYS:
         return True
     # The length bends every schedule but this one.

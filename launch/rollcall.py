@@ -89,7 +89,9 @@ class RollCall:
         self.gone: list[Gone] = []
         """Ranks that have gone after they had met, in order."""
         self.heard: dict[int, Heard] = {}
-        """The last beat of each rank."""
+        """The last beat of each rank that is there."""
+        self.last: dict[int, Heard] = {}
+        """The last beat of each rank, also of those that have gone."""
         self.met: list[Answer] = []
         """All ranks, once they have met."""
         self._world_size, self._nodes = world_size, nodes
@@ -176,7 +178,7 @@ class RollCall:
         caller.text = b""
         with contextlib.suppress(ValueError, KeyError, TypeError):
             beat = Beat(**json.loads(line)["beat"])
-            self.heard[answer.rank] = Heard(answer.host, beat, time.monotonic())
+            self.heard[answer.rank] = self.last[answer.rank] = Heard(answer.host, beat, time.monotonic())
 
     def _drop(self, caller: _Caller) -> None:
         self._selector.unregister(caller.connection)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.record import read_json
+from launch.recorded import METRICS
 
-KINDS = ("train", "eval")
+KINDS = ("train", "eval", "spike", "skipped", "rewound")
 
-MEASURED = ("time", "tokens_per_second")
+MEASURED = ("time", "tokens_per_second", "mfu", "seconds", "system")
 """Of a record, what is never the same twice."""
 
 SCORES = ("updates", "validation", "best", "dtypes")
@@ -60,7 +61,7 @@ def compare(first: Path, second: Path) -> Compared:
 
 def _records(run: Path) -> list[dict[str, Any]]:
     """In their order; one that was written twice is there twice."""
-    path = run / "metrics.jsonl"
+    path = run / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [record for record in map(json.loads, lines) if record["kind"] in KINDS]
 

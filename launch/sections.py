@@ -20,10 +20,17 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
         protected_namespaces=(),
+        defer_build=True,  # what is never read costs nothing at the start
     )
 
     file: ClassVar[str] = "a run file"
     """What messages call a file of these keys."""
+
+
+class Keys(Section):
+    """A section of another program's file, which documents its keys itself: no source is searched for docstrings."""
+
+    model_config = ConfigDict(use_attribute_docstrings=False)
 
 
 ABSENT: Any = None
@@ -71,6 +78,12 @@ class TrainSection(Section):
     """Compile each block of the model with torch.compile; the first updates take longer."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the order of samples, of weights built from scratch and of dropout."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What becomes of an update whose loss or gradient is NaN or infinite; skip: the weights stay as they are."""
+    on_spike: Literal["ignore", "warn", "skip", "stop", "rewind"] = "warn"
+    """What becomes of an update whose loss leaps; rewind: back to the checkpoint before, without its samples."""
+    spike_deviations: float = Field(10.0, gt=0)
+    """A loss leaps where it is so many (robust) standard deviations above the median of the 64 updates before."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations in a row without a better eval.best_metric; null: never."""
     early_stopping_min_delta: float = Field(0.0, ge=0)
@@ -111,6 +124,8 @@ class SaveSection(Section):
     """Write checkpoints while training goes on; takes main memory for a copy of weights and optimizer."""
     export: bool = True
     """Write and check export/, a plain Hugging Face folder, at the end."""
+    license: str | None = Field(None, min_length=1)
+    """Licence of the exported model, for its card, as the Hub names it (apache-2.0); null: not stated."""
 
 
 class TrackSection(Section):
@@ -119,9 +134,19 @@ class TrackSection(Section):
     every_steps: int = Field(1, ge=1)
     """Write a line to metrics.jsonl after every so many updates."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Send the same numbers to Weights & Biases (needs the extra `shoal[wandb]`)."""
+    """Show the same numbers in Weights & Biases (needs the extra `shoal[wandb]`); without a network, offline."""
     project: str = Field("shoal", min_length=1)
-    """Name of the project in Weights & Biases."""
+    """Name of the project in Weights & Biases and other trackers."""
+    artifacts: tuple[Literal["checkpoints", "export"], ...] = ()
+    """What Weights & Biases gets as artifacts once the run is complete, or by `shoal sync`."""
+    also: tuple[Literal["tensorboard", "mlflow", "trackio"], ...] = ()
+    """Other trackers that show the same numbers; each needs its package."""
+    profile: int = Field(0, ge=0)
+    """Trace so many updates with torch's profiler, after the first three of each start, into `profile/`."""
+    profile_ranks: list[int] = Field([0], min_length=1)
+    """The ranks that are traced."""
+    memory_snapshot: bool = False
+    """On GPUs: note who takes memory, and write it into `profile/` where it runs out; costs a little time."""
 
 
 class ParallelSection(Section):
@@ -138,12 +163,15 @@ class ParallelSection(Section):
         "zero3",
         "zero2_offload",
         "zero3_offload",
+        "xla",
     ] = "auto"
-    """How weights, gradients and optimizer are spread over processes; auto: single for one, ddp for several."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Kind of device; auto: the GPUs of this machine, else its CPU."""
+    """How weights, gradients and optimizer are spread over processes; auto: the plainest that fits into memory."""
+    device: Literal["auto", "cpu", "cuda", "mps", "xla"] = "auto"
+    """Kind of device; auto: the GPUs or TPUs of this machine, else its CPU; xla: TPUs, by torch_xla."""
     devices: Literal["auto"] | int = Field("auto")
-    """Devices per node, one process each; auto: all GPUs, or one process on CPU."""
+    """Devices per node, one process each (of TPUs one for all); auto: all GPUs or TPUs, or one process on CPU."""
+    xla_widths: int = Field(4, ge=1)
+    """On XLA devices: to how many lengths batches are padded, each of which is compiled for; half of the next each."""
     nodes: int = Field(1, ge=1)
     """Number of machines."""
     accelerate_config: str | None = None
@@ -151,7 +179,7 @@ class ParallelSection(Section):
     deepspeed_config: str | None = None
     """Your own DeepSpeed JSON, checked, completed from this run file and passed on; null: none is needed."""
     timeout_seconds: float = Field(1800.0, gt=0)
-    """How long a process waits for the others to join in an exchange before it gives up."""
+    """How long a process waits for others in an exchange (at most; after the first update, twice hang_seconds)."""
     hang_seconds: float | None = Field(300.0, gt=0)
     """How long all may stand still for one process (six times as long in the first update and while saving)."""
     max_restarts: int = Field(0, ge=0)

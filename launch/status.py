@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from launch import slurm
 from launch.errors import RunFolderError, TopologyError
 from launch.plan import Plan
 from launch.record import held, is_finished, is_run_folder, read_json, read_plan
+from launch.recorded import METRICS, number, records, whole
 from launch.root_cause import Cause, find_cause, read_cause
 from launch.slurm import Queued
 from launch.stop import STOPPED
 from launch.submit import SUBMITTED
 from launch.supervise import saved_updates
 from launch.sweep import SWEEP, read_sweep
+from launch.words import roughly
 
 ASK_SECONDS = 5.0
 """How often the scheduler is asked whether a job has ended."""
@@ -28,12 +30,21 @@ RECENT = 20
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best evaluation of a run, by the metric that it is judged by."""
+
+    metric: str
+    value: float
+    update: int
+
+
+@dataclass(frozen=True)
 class Status:
     """A run at this moment."""
 
     run: str
     state: str
-    """finished, running, queued, stopped, failed, cancelled or begun."""
+    """finished, running, queued, stopped, failed, cancelled or begun; unreadable, where its folder is not whole."""
     because: str
     """Why it waits or has ended, in one line."""
     job: str = ""
@@ -43,6 +54,9 @@ class Status:
     """Of how many; None while that is not known."""
     loss: float | None = None
     seconds_left: float | None = None
+    slow: str | None = None
+    """Which rank keeps the others waiting, if one does."""
+    best: Best | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -55,7 +69,9 @@ class Status:
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4f}")
         if self.seconds_left is not None:
-            parts.append(f"about {_duration(self.seconds_left)} left")
+            parts.append(f"about {roughly(self.seconds_left)} left")
+        if self.slow:
+            parts.append(self.slow)
         return ", ".join(parts)
 
 
@@ -73,7 +89,20 @@ def status(folder: Path) -> list[Status]:
 def everything(parent: Path) -> list[Status]:
     """The state of all runs and sweeps within a folder."""
     folders = sorted(path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
-    return [each for folder in folders if _is_ours(folder) for each in status(folder)]
+    return [each for folder in folders if _is_ours(folder) for each in _status_of_any(folder)]
+
+
+def _status_of_any(folder: Path) -> list[Status]:
+    """One that cannot be read hides no other."""
+    try:
+        return status(folder)
+    except (RunFolderError, OSError, ValueError) as error:
+        return [Status(str(folder), "unreadable", str(error))]
+
+
+def by_folder(run: Path) -> Status:
+    """The state of a run as far as its folder tells; no scheduler is asked."""
+    return _status(run, None)
 
 
 def runs_of(folder: Path) -> list[Path]:
@@ -125,13 +154,13 @@ def _status(run: Path, job: Queued | None) -> Status:
     state, because = _state(run, job)
     facts = _progress(run) if is_run_folder(run) else {}
     if state != "running":
-        facts.pop("seconds_left", None)
+        facts = {name: value for name, value in facts.items() if name not in ("seconds_left", "slow")}
     return Status(str(run), state, because, job.id if job else "", job.nodes if job else "", **facts)
 
 
 def _state(run: Path, job: Queued | None) -> tuple[str, str]:
     if is_finished(run):
-        return "finished", read_json(run / "result.json")["summary"].splitlines()[0]
+        return "finished", _outcome(read_json(run / "result.json"))
     if job is not None and job.state == "PENDING":
         return "queued", _waiting(job)
     if job is not None and not job.ended:
@@ -140,7 +169,7 @@ def _state(run: Path, job: Queued | None) -> tuple[str, str]:
         return "running", "on this machine"
     if job is not None and job.state == "CANCELLED":
         return "cancelled", _way_on(run)
-    if cause := read_cause(run) or _cause_without_launcher(run):
+    if cause := cause_of(run):
         return "failed", cause.message.splitlines()[0]
     if stopped := read_json(run / STOPPED):
         return "stopped", f"{stopped['signal']} after update {stopped['update']}; {_way_on(run)}"
@@ -149,8 +178,16 @@ def _state(run: Path, job: Queued | None) -> tuple[str, str]:
     return "begun", _way_on(run)
 
 
-def _cause_without_launcher(run: Path) -> Cause | None:
-    return find_cause(run, (), (), None) if any(run.glob("failure-*.json")) else None
+def _outcome(result: dict[str, Any]) -> str:
+    """What came out, in a line; an evaluation alone has no summary."""
+    if "summary" in result:
+        return str(result["summary"]).partition("\n")[0]
+    return ", ".join(f"{name}: {value:,.4f}" for name, value in result.get("metrics", {}).items())
+
+
+def cause_of(run: Path) -> Cause | None:
+    """Why a run has failed, also where no launcher was left to say so; None where it has not."""
+    return read_cause(run) or (find_cause(run, (), ()) if any(run.glob("failure-*.json")) else None)
 
 
 def _waiting(job: Queued) -> str:
@@ -178,26 +215,30 @@ def _has_launcher(run: Path) -> bool:
 def _progress(run: Path) -> dict[str, Any]:
     """How far a run is, by its own record."""
     plan = read_plan(run)
-    updates = [record for record in _records(run / "metrics.jsonl") if record.get("kind") == "train"]
-    found: dict[str, Any] = {"update": saved_updates(run), "updates": _total(plan, run)}
+    updates: deque[dict[str, Any]] = deque(maxlen=RECENT)
+    last: dict[str, Any] = {}  # of what tells of a slow rank; one that a start before has told of may be another host
+    best: Best | None = None
+    for record in records(run / METRICS):
+        kind = record.get("kind")
+        if kind == "train" and isinstance(record.get("update"), int):
+            updates.append(record)
+        elif kind in ("straggler", "resume"):
+            last = record
+        elif kind == "eval" and record.get("best"):
+            best = _best(record, plan.config.eval.best_metric) or best
+    found: dict[str, Any] = {"update": saved_updates(run), "updates": _total(plan, run), "best": best}
     if updates:
         found |= {"update": updates[-1]["update"], "loss": updates[-1].get("loss")}
-    pace = _seconds_per_update(updates[-RECENT:])
+    pace = _seconds_per_update(list(updates))
     if pace is not None and found["updates"]:
         found["seconds_left"] = max(0.0, pace * (found["updates"] - found["update"]))
+    found["slow"] = last["message"] if last.get("rank") is not None else None
     return found
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the last line, while it is written
-            continue
-        if isinstance(record, dict):
-            yield record
+def _best(record: dict[str, Any], metric: str) -> Best | None:
+    value, update = number(record.get(metric)), whole(record.get("update"))
+    return None if value is None or update is None else Best(metric, value, update)
 
 
 def _total(plan: Plan, run: Path) -> int | None:
@@ -214,13 +255,6 @@ def _seconds_per_update(updates: list[dict[str, Any]]) -> float | None:
     if len(times) < 2 or times[-1][0] <= times[0][0]:
         return None
     return float((times[-1][1] - times[0][1]) / (times[-1][0] - times[0][0]))
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
 # --- logs ------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -53,6 +55,24 @@ class StopRequest:
             self.number = number
             if self.immediate:
                 raise StopSignal(number)
+
+
+@contextlib.contextmanager
+def uncovered() -> Iterator[None]:
+    """Raise the `StopSignal` that an error inside goes back to, instead of the error.
+
+    Compiled code that a signal finds at work reports it as an error of its own: pybind11's start of a module as
+    `ImportError: initialization failed`, which `transformers` wraps once more.
+    """
+    try:
+        yield
+    except Exception as error:
+        behind: BaseException | None = error
+        while behind is not None:
+            if isinstance(behind, StopSignal):
+                raise behind from None
+            behind = behind.__cause__ or behind.__context__
+        raise
 
 
 def receivable() -> list[signal.Signals]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-Kind = Literal["single", "ddp", "fsdp2", "zero"]
+Kind = Literal["single", "ddp", "fsdp2", "zero", "xla"]
 
 
 class Strategy(StrEnum):
@@ -30,6 +30,8 @@ class Strategy(StrEnum):
     """ZeRO-2 with the optimizer in CPU memory."""
     ZERO3_OFFLOAD = "zero3_offload"
     """ZeRO-3 with optimizer and weights in CPU memory."""
+    XLA = "xla"
+    """One process for all TPU devices of a host: everything on each of them, gradients averaged by the compiler."""
 
     @property
     def kind(self) -> Kind:
@@ -38,7 +40,7 @@ class Strategy(StrEnum):
             return "zero"
         if self.value.startswith("fsdp2"):
             return "fsdp2"
-        return "single" if self is Strategy.SINGLE else "ddp"
+        return {Strategy.SINGLE: "single", Strategy.XLA: "xla"}.get(self, "ddp")  # type: ignore[return-value]
 
     @property
     def stage(self) -> int:

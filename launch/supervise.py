@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from launch.hangs import Hang, find_hang
 from launch.plan import Plan
 from launch.record import put_aside, read_json
 from launch.rollcall import RollCall
-from launch.root_cause import Cause, End, count_out_of_memory_kills, find_cause, hang_cause, write_cause
+from launch.root_cause import Cause, End, find_cause, hang_cause, write_cause
 from launch.stop import STOPPED, exit_code, receivable, spoken
 
 ALONE_SECONDS = 20.0
@@ -192,7 +191,6 @@ class Signals:
 def _attempt(plan: Plan, folder: Path, start: Start, place: Place, signals: Signals) -> Ending:
     """Start the workers once."""
     put_aside(folder)
-    killed_before = count_out_of_memory_kills()
     size = plan.processes.world_size
     roll = RollCall(size, place.hosts, place.nodes) if size > 1 else None
     try:
@@ -205,13 +203,11 @@ def _attempt(plan: Plan, folder: Path, start: Start, place: Place, signals: Sign
     finally:
         if roll:
             roll.close()
-    killed_after = count_out_of_memory_kills()
-    kills = None if killed_before is None or killed_after is None else killed_after - killed_before
     if hang and signals.first is None:
         cause = hang_cause(folder, hang, stack)
         write_cause(folder, cause)
         return Ending(cause.exit_code, cause.message, cause.traceback, cause)
-    return _ending(folder, ranks.ends, roll, kills, signals)
+    return _ending(folder, ranks.ends, roll, signals)
 
 
 def _stack_of(hang: Hang, ranks: Ranks, folder: Path) -> str:
@@ -299,9 +295,7 @@ def _nothing_to_save(folder: Path) -> bool:
 # --- endings ---------------------------------------------------------------------------------------------
 
 
-def _ending(
-    folder: Path, ends: list[End], roll: RollCall | None, out_of_memory_kills: int | None, signals: Signals
-) -> Ending:
+def _ending(folder: Path, ends: list[End], roll: RollCall | None, signals: Signals) -> Ending:
     """How it ended: done, stopped or failed."""
     if signals.again:
         return Ending(INTERRUPTED, f"stopped by Ctrl-C without saving; {_way_on(folder)}")
@@ -324,8 +318,7 @@ def _ending(
             return _stopped(folder, signals.first or (-first if first < 0 else signal.SIGTERM))
         if signals.first is not None and not failed and not lost:
             return _stopped(folder, signals.first)
-    here = all(end.host in ("", socket.gethostname()) for end in ends)
-    cause = find_cause(folder, ends, roll.gone if roll else (), out_of_memory_kills if here else None)
+    cause = find_cause(folder, ends, roll.gone if roll else (), roll.last if roll else {})
     write_cause(folder, cause)
     return Ending(cause.exit_code, cause.message, cause.traceback, cause)
 

@@ -18,12 +18,14 @@ from typing import Literal
 
 import psutil
 
+from launch.accelerators import count_gpus, find_tpus, gpu_name, xla_on_cpu
+from launch.devices import kind_of
 from launch.errors import TopologyError
 from launch.secret import is_secret_value
 from launch.slurm_names import Job, Step, read_job, read_step
 from launch.strategy import ZERO_STRATEGIES, Strategy, strategy_with_offload
 
-Device = Literal["cpu", "cuda", "mps"]
+Device = Literal["cpu", "cuda", "mps", "xla"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,16 @@ class Machine:
     mps: bool = False
     gpu_name: str = ""
     """Make of the first GPU, such as NVIDIA H100 80GB HBM3; empty where the driver does not say."""
+    gpu_memory_bytes: int = 0
+    """Of each; 0 where it is not known."""
     memory_bytes: int = 0
     """Main memory, or what a container's limit leaves of it."""
+    tpus: int = 0
+    """Devices of its TPU chips."""
+    tpu_name: str = ""
+    """Make of the chips, such as TPU v5e."""
+    xla_on_cpu: int = 0
+    """XLA devices that PJRT_DEVICE=CPU makes of the CPU; 0 where it is not set so."""
 
 
 @dataclass(frozen=True)
@@ -59,32 +69,39 @@ class World:
     """How `accelerate launch` passes its configuration on."""
     step: Step | None = None
     """The place that SLURM has given this process, where srun is what started it."""
+    to_be: bool = False
+    """Whether it is only planned: what is decided now is decided for all its processes."""
 
 
 def world_to_be(nodes: int, per_node: int) -> World:
     """The world that a launcher will make, for a plan that is made before it has."""
-    return World(size=nodes * per_node, local_size=per_node, launched=True)
+    return World(size=nodes * per_node, local_size=per_node, launched=True, to_be=True)
 
 
 def read_machine() -> Machine:
     """Look at this host; takes about a millisecond."""
     mps = sys.platform == "darwin" and platform.machine() == "arm64"
-    gpus = _count_gpus(os.environ)
-    return Machine(socket.gethostname(), usable_cores(), gpus, mps, _gpu_name() if gpus else "", _memory_bytes())
+    gpus = count_gpus(os.environ)
+    name = gpu_name() if gpus else ""
+    kind = kind_of(name)
+    tpus, tpu_name = find_tpus(os.environ)
+    return Machine(
+        host=socket.gethostname(),
+        cores=usable_cores(),
+        gpus=gpus,
+        mps=mps,
+        gpu_name=name,
+        gpu_memory_bytes=kind.memory_bytes if kind else 0,
+        memory_bytes=_memory_bytes(),
+        tpus=tpus,
+        tpu_name=tpu_name,
+        xla_on_cpu=xla_on_cpu(os.environ),
+    )
 
 
 def usable_cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _gpu_name(root: Path = Path("/")) -> str:
-    """From the driver's own files; they are not mounted into every container."""
-    for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("Model:"):
-                return line.removeprefix("Model:").strip()
-    return ""
 
 
 def _memory_bytes(root: Path = Path("/")) -> int:
@@ -95,23 +112,6 @@ def _memory_bytes(root: Path = Path("/")) -> int:
         if text.isdecimal():  # "max": no limit
             total = min(total, int(text))
     return int(total)
-
-
-def _count_gpus(environ: Mapping[str, str], root: Path = Path("/")) -> int:
-    """NVIDIA GPUs visible to a process started now, from the driver's own files."""
-    present = len(list((root / "proc/driver/nvidia/gpus").glob("*")))
-    if not present:
-        present = sum(1 for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or not present:
-        return present
-    count = 0
-    for name in (part.strip() for part in visible.split(",")):
-        known = int(name) < present if name.isdecimal() else name.startswith(("GPU-", "MIG-"))
-        if not known:  # CUDA ignores everything from the first invalid name on
-            break
-        count += 1
-    return count
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
@@ -285,6 +285,16 @@ def enter_step(world: World, environ: MutableMapping[str, str] = os.environ) -> 
         environ.setdefault("OMP_NUM_THREADS", str(world.step.cpus))
 
 
+def is_first(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher, if there is one, calls this process or thread its first."""
+    return environ.get("RANK", "0") == "0"
+
+
+def enter_device(changes: Mapping[str, str], environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tell torch_xla and Accelerate which device there is, before they are imported; a launcher may have not."""
+    environ.update(changes)
+
+
 def world_variables(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, str]:
     """What a rank must know of the world it is in; it has the names that torchrun uses."""
     return {
@@ -313,6 +323,18 @@ def enter_world(
     )
     if interface:
         environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+_OF_THE_WORLD = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|WANDB_SERVICE)$"
+    r"|(MASTER|ROLE|TORCHELASTIC|PET|PMI|PMIX|OMPI|MV2|SHOAL_ROLL|SHOAL_SUPERVISED)(_|$)"
+)
+
+
+def leave_world(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Forget whose rank started this process: it takes part in no exchange, and has a service of wandb of its own."""
+    for name in [name for name in environ if _OF_THE_WORLD.match(name)]:
+        del environ[name]
 
 
 def is_supervised(environ: Mapping[str, str] = os.environ) -> bool:
@@ -350,3 +372,18 @@ def recorded_environment(environ: Mapping[str, str] = os.environ) -> dict[str, s
         and not is_secret_value(value)
         and (name == "TOKENIZERS_PARALLELISM" or not _SECRET_NAME.search(name))
     }
+
+
+_OF_A_NOTEBOOK = re.compile(r"(COLAB|KAGGLE|TPU|PJRT)(_|$)")
+
+
+def notebook_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables by which notebook services, and their TPUs, are known; none of them is a secret's."""
+    return {
+        name: value for name, value in environ.items() if _OF_A_NOTEBOOK.match(name) and not _SECRET_NAME.search(name)
+    }
+
+
+def child_of_notebook(changes: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment for a process that a notebook's kernel starts; it draws no plots into the notebook."""
+    return {**{name: value for name, value in environ.items() if name != "MPLBACKEND"}, **changes}

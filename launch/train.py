@@ -10,57 +10,30 @@ import argparse
 import contextlib
 import dataclasses
 import faulthandler
-import json
 import os
 import signal
 import socket
-import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from launch.beginning import Start, begin, redirect
 from launch.checkpoints import newest_complete
-from launch.errors import (
-    ConfigError,
-    ExportError,
-    LaunchError,
-    MemoryExhaustedError,
-    TopologyError,
-)
+from launch.errors import LaunchError, MemoryExhaustedError, TopologyError
+from launch.finishing import finish
 from launch.fitting import TRIALS, advice
-from launch.outside import refuse_another
-from launch.plan import Plan, decide, python_environment
+from launch.follower import STOP_SECONDS
+from launch.imports import importing
+from launch.plan import Plan, xla_environment
 from launch.prepare import prepare
-from launch.pulse import start_pulse
 from launch.recipe import Prepared
-from launch.record import (
-    changed_settings,
-    continue_run_folder,
-    create_run_folder,
-    is_finished,
-    is_run_folder,
-    lock,
-    read_plan,
-    summary,
-    write_json,
-)
-from launch.registry import Recipe, recipe_of
-from launch.rollcall import Meeting, answer
-from launch.stop import STOPPED, StopRequest, StopSignal, exit_code, ignore_signals, spoken, write_stopped
-from launch.topology import (
-    World,
-    enter_step,
-    enter_world,
-    is_supervised,
-    read_world,
-    roll_call,
-    usable_cores,
-    worker_environment,
-)
+from launch.record import continue_run_folder, create_run_folder, is_run_folder, lock, write_json
+from launch.stop import STOPPED, StopRequest, StopSignal, exit_code, spoken, uncovered, write_stopped
+from launch.topology import World, enter_device, enter_step, is_first, is_supervised, read_world
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,20 +45,23 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Train, and end with the exit code that `launch.errors` gives to what happened."""
+    if threading.current_thread() is not threading.main_thread():
+        _refuse_thread()
     faulthandler.enable()  # a crash of compiled code leaves Python's stack in the log
     stop = StopRequest()
     stop.install()
     arguments = _read_arguments(sys.argv[1:])
     world, start = World(), None
     try:
-        world = read_world()  # once: Accelerate changes the environment later on
-        enter_step(world)
-        start = begin(arguments, world)
-        if start is None:
-            return
-        work(start, stop)
-        if stop.honoured:
-            _leave_stopped(world, stop)
+        with uncovered():
+            world = read_world()  # once: Accelerate changes the environment later on
+            enter_step(world)
+            start = begin(arguments, world)
+            if start is None:
+                return
+            work(start, stop)
+            if stop.honoured:
+                _leave_stopped(world, stop)
     except LaunchError as error:
         stop.immediate = False  # how it ended is decided
         _report_failure(world, start, str(error), error.exit_code)
@@ -100,6 +76,18 @@ def main() -> None:
         _report_failure(world, start, f"{type(error).__name__}: {error}", 1, traceback.format_exc())
         traceback.print_exc()
         _end(world, 1)
+
+
+def _refuse_thread() -> NoReturn:
+    """Accelerate's launcher for TPUs runs a function in a thread for each device, which no signal would reach."""
+    if is_first():
+        print(
+            "shoal: `accelerate launch` was configured for distributed_type: XLA, which starts a thread for each "
+            "device; use accelerate_configs/tpu.yaml, or `shoal run`: one process has all devices of a host",
+            file=sys.stderr,
+            flush=True,
+        )
+    os._exit(TopologyError.exit_code)
 
 
 def _end(world: World, exit_code: int) -> NoReturn:
@@ -136,113 +124,7 @@ def _read_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-# --- beginning -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Start:
-    """What a worker knows before it touches data or devices."""
-
-    plan: Plan
-    recipe: Recipe
-    world: World
-    folder: Path | None
-    """The run folder; None until rank 0 has made it, where no launcher did."""
-    trials: bool = False
-    """Whether this world only tries micro-batch sizes."""
-    weights: Path | None = None
-    """A checkpoint or an exported model, where it is only to be evaluated."""
-    lock: FileLock | None = None
-    """Of the run folder; on rank 0, where no launcher holds it."""
-    meeting: Meeting | None = None
-    """Where the ranks meet, and the line to the launcher, where it calls the roll."""
-    run: Run | None = None
-    """The run, once it is built."""
-    store: Any = None
-    """What ranks find each other by; on rank 0, as long as it lives."""
-
-
-def begin(arguments: argparse.Namespace, world: World) -> Start | None:
-    """Read the plan of a run folder, or decide one from a run file and the processes we find ourselves among.
-
-    None where the run is finished already, as one is that a scheduler has started once more.
-
-    Raises:
-        LaunchError: the run cannot be, or this is not the world it was planned for.
-    """
-    given = Path(arguments.start)
-    if not given.is_dir():
-        decided = decide(arguments.start, arguments.overrides, arguments.out, world)
-        if decided.plan.batch.candidates:
-            raise ConfigError(
-                f"{decided.loaded.place('train.micro_batch_size')}: train.micro_batch_size = auto: no size is "
-                "known yet for this model, length and device; `shoal run` finds it first, or state a number"
-            )
-        folder = Path(decided.plan.run_folder)
-        if is_finished(folder):
-            changed_settings(decided.plan)  # lest another run be taken for this one
-            _say_finished(folder, world)
-            return None
-        return Start(decided.plan, decided.recipe, world, None)
-    if arguments.overrides or arguments.out:
-        raise ConfigError(f"{given}: a run folder is decided; overrides and --out go with a run file")
-    plan = read_plan(given)
-    if is_finished(given) and not arguments.trials:
-        _say_finished(given, world)
-        return None
-    if is_supervised():
-        _redirect(given, world.rank, everything=world.rank > 0)
-    if world.size != plan.processes.world_size:
-        raise TopologyError(
-            f"rank {world.rank} finds itself in a world of {world.size}, but {given}/plan.json was made for "
-            f"{plan.processes.world_size}; start it with the command recorded there, or plan a new run"
-        )
-    refuse_another(plan, given, world)
-    start = Start(plan, recipe_of(plan.config), world, given, arguments.trials, arguments.weights)
-    if announced := roll_call():
-        start.meeting = _meet(announced, world)
-        start_pulse(start.meeting.launcher, lambda: start.run.updates_done if start.run else 0)
-    return start
-
-
-def _meet(announced: str, world: World) -> Meeting:
-    """Answer the launcher's roll call, and notice from then on when it is gone.
-
-    Raises:
-        TopologyError: it cannot be reached, or not all ranks have come.
-    """
-    meeting = answer(announced, world.rank, world.size, usable_cores())
-    enter_world(world, meeting.address, meeting.port, meeting.interface)
-
-    def cut_off() -> None:
-        """Nothing can be saved, since that takes all ranks."""
-        host = socket.gethostname()
-        print(
-            f"shoal: rank {world.rank} ({host}): no answer from the launcher on {meeting.host}: that host is down, or "
-            "the network between",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
-
-    faulthandler.register(signal.SIGQUIT, all_threads=True)  # works also while something holds Python's lock
-    meeting.watch(ended=lambda: os.kill(os.getpid(), signal.SIGTERM), silent=cut_off)
-    return meeting
-
-
-def _say_finished(folder: Path, world: World) -> None:
-    if world.rank == 0:
-        print(f"shoal: {folder}: this run is finished already", file=sys.stderr, flush=True)
-
-
-def _redirect(folder: Path, rank: int, *, everything: bool) -> None:
-    """Send stderr, and stdout too where `everything`, to this rank's log, at the level of file descriptors."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    log = os.open(folder / "logs" / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2) if everything else (2,):
-        os.dup2(log, descriptor)
-    os.close(log)
+# --- how it ended ----------------------------------------------------------------------------------------
 
 
 def _report_failure(world: World, start: Start | None, message: str, exit_code: int, trace: str = "") -> None:
@@ -285,11 +167,15 @@ def _known_folder(start: Start | None) -> Path | None:
 
 def work(start: Start, stop: StopRequest) -> None:
     """Prepare, train, evaluate, export. Every rank must call this."""
-    from launch.engine.agree import raise_together
-    from launch.engine.data import open_data
-    from launch.engine.progress import Display
-    from launch.engine.run import Run
-    from launch.engine.sharding import make_accelerator, serve_store
+    enter_device(xla_environment(start.plan.processes))
+    with importing():
+        import transformers.modeling_layers  # noqa: F401  # that of any model, without which none is built
+
+        from launch.engine.agree import raise_together
+        from launch.engine.data import open_data
+        from launch.engine.progress import Display
+        from launch.engine.run import Run
+        from launch.engine.sharding import make_accelerator, serve_store
 
     display, data = Display(start.world.rank == 0), None
     try:
@@ -339,8 +225,9 @@ def _memory_may_run_out(start: Start) -> Iterator[None]:
             raise
         where = f"rank {start.world.rank} ({socket.gethostname()})"
         batch = start.plan.batch
+        notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
         raise MemoryExhaustedError(
-            f"{where}: out of memory with micro-batch {batch.micro_batch_size}; {advice(start.plan)}: {error}"
+            f"{where}: out of memory with micro-batch {batch.micro_batch_size}; {advice(start.plan)}: {error}{notes}"
         ) from error
 
 
@@ -403,7 +290,7 @@ def _leave(accelerator: Accelerator) -> None:
 def _prepare(start: Start, display: Display) -> tuple[Prepared | None, LaunchError | None]:
     """Prepare the data before any process group exists: no collective can time out while a rank tokenises."""
     try:
-        return prepare(start.recipe, start.plan.config, display)[0], None
+        return prepare(start.recipe, start.plan.config, display, start.plan.buckets)[0], None
     except LaunchError as error:
         return None, error
 
@@ -423,7 +310,7 @@ def _say_stopped(run: Run) -> None:
     assert run.stopped is not None and run.tracker is not None, "rank 0 of a run that was stopped"
     checkpoint = newest_complete(run.folder)
     write_stopped(run.folder, run.stopped, run.updates_done, checkpoint)
-    run.tracker.close()
+    run.tracker.close(STOP_SECONDS)
     if not is_supervised():
         saved = f"; it goes on from {checkpoint.name} when it is started again" if checkpoint else ""
         print(
@@ -446,7 +333,7 @@ def _make_folder(start: Start, accelerator: Accelerator, display: Display) -> Pa
     raise_together(accelerator, problem)
     folder = Path(from_main(accelerator, str(made) if made else None))
     if not accelerator.is_main_process:
-        _redirect(folder, start.world.rank, everything=True)
+        redirect(folder, start.world.rank, everything=True)
     processes = start.plan.processes
     found = "as the launcher says" if start.world.launched else "no launcher in the environment"
     display.say(f"world of {processes.world_size} on {processes.device} ({found}), strategy {processes.strategy}")
@@ -463,76 +350,6 @@ def _open_folder(plan: Plan, display: Display) -> tuple[Path, FileLock]:
     for line in continue_run_folder(plan):
         display.say(f"changed since the last start: {line}")
     return folder, mine
-
-
-def finish(run: Run) -> None:
-    """Check the export in a fresh process and write the result. Rank 0; the others may have left.
-
-    Raises:
-        ExportError: the exported model is not the trained one; there is no result then.
-    """
-    assert run.tracker is not None, "rank 0 has a tracker"
-    result = run.result()
-    if run.plan.config.save.export:
-        run.display.say("checking the export in a fresh process")
-        answer = check_export(run)
-        run.tracker.write("export", run.updates_done, difference=answer["difference"])
-        result |= answer
-    result["summary"] = summary(result)
-    write_json(run.folder / "result.json", result)
-    run.tracker.close()
-    if not is_supervised():
-        print(result["summary"], flush=True)
-
-
-def check_export(run: Run) -> dict[str, Any]:
-    """Load what was exported in fresh processes, the adapter alone too where there is one; what to tell of it."""
-    from launch.engine.export import has_adapters
-
-    export, adapter, probe = run.folder / "export", run.folder / "adapter", run.folder / "probe.safetensors"
-    prompt, found = run.prepared.sample_prompt or "", {"export": str(export)}
-    if has_adapters(run.model):
-        _check(run, adapter, probe, "")
-        found["adapter"] = str(adapter)
-        answer = _check(run, export, probe, prompt, str(adapter))
-    else:
-        answer = _check(run, export, probe, prompt)
-    probe.unlink()
-    return {**found, **answer}
-
-
-def _check(run: Run, folder: Path, probe: Path, *more: str) -> dict[str, Any]:
-    """Have a folder checked against the probe; `more` is what else the process takes."""
-    from launch.engine.exported import BF16_TOLERANCE, TOLERANCE
-
-    plan = run.plan
-    # A sharded model cannot leave bf16 for its last forward pass; any other compares in fp32.
-    in_bf16 = plan.config.train.precision == "bf16" and plan.processes.strategy.shards
-    tolerance = BF16_TOLERANCE if in_bf16 else TOLERANCE
-    command = [sys.executable, "-m", "launch.engine.exported", "check", str(folder), str(probe)]
-    command += [run.accelerator.device.type, *more]
-    environment = worker_environment(python_environment())
-    checked = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, preexec_fn=ignore_signals
-    )
-    if checked.returncode:
-        raise ExportError(f"{folder}: does not load again:\n{checked.stderr.strip()}")
-    answer: dict[str, Any] = json.loads(checked.stdout.splitlines()[-1])
-    if unlike := answer.pop("unlike"):
-        shown = ", ".join(unlike[:3]) + (f" and {len(unlike) - 3} more" if len(unlike) > 3 else "")
-        raise ExportError(
-            f"{folder}: weights of the trained model are missing in it, or are others: {shown}; both are kept for "
-            f"inspection, see {probe.name}"
-        )
-    if untied := answer.pop("untied"):
-        raise ExportError(f"{folder}: weights tied in the trained model no longer are: {', '.join(untied)}")
-    # `not <=`: a difference that is not a number is a failure too.
-    if not answer["difference"] <= tolerance:
-        raise ExportError(
-            f"{folder}: the reloaded model's logits differ from the trained model's by {answer['difference']:.2e} "
-            f"(allowed {tolerance:.0e}); both are kept for inspection, see {probe.name}"
-        )
-    return answer
 
 
 if __name__ == "__main__":

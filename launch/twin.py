@@ -68,10 +68,16 @@ def _plan_or_reason(file: str, overrides: list[str], out: Path | None, target: T
         return str(error)
 
 
+def of_twin(strategy: Strategy) -> Strategy:
+    """The strategy of a run's twin on the CPU: its own; of a run on TPUs, which is one process, that of one process."""
+    return Strategy.SINGLE if strategy is Strategy.XLA else strategy
+
+
 def _told(original: Plan | str, target: Target, twin: Decided) -> list[str]:
     if isinstance(original, str):
         return [f"what differs cannot be told, because the run itself cannot be planned: {original}"]
-    assert original.processes.strategy == twin.plan.processes.strategy, "the twin of another strategy is none"
+    strategy = of_twin(original.processes.strategy)
+    assert strategy == twin.plan.processes.strategy, "the twin of another strategy is none"
     assumed = f"the run is planned as on {target.assumed}"
     lines = differences(original, twin.plan)
     if not lines:
@@ -87,6 +93,11 @@ def assume(parallel: ParallelSection, here: Machine, processes: int) -> Target:
     """
     if parallel.device in ("cpu", "mps"):
         return Target(replace(here, mps=True), World(), f"this machine's {parallel.device}")
+    if "xla" in (parallel.strategy, parallel.device):
+        tpus = parallel.devices if isinstance(parallel.devices, int) else here.tpus or 1
+        there = replace(here, tpus=tpus, tpu_name=here.tpu_name or "TPU")
+        number = f"{tpus} TPU device{'s' if tpus > 1 else ''}"
+        return Target(there, World(), f"a machine with {number}, otherwise as this one")
     if isinstance(parallel.devices, int):
         gpus, source = parallel.devices, "parallel.devices"
     elif here.gpus > 1:
@@ -103,10 +114,11 @@ def assume(parallel: ParallelSection, here: Machine, processes: int) -> Target:
 
 def _check_is_possible(original: Plan, processes: int) -> None:
     strategy = original.processes.strategy
-    if strategy is Strategy.SINGLE and processes > 1:
+    if strategy in (Strategy.SINGLE, Strategy.XLA) and processes > 1:
+        more = ", or parallel.devices=2 or more" if strategy is Strategy.SINGLE else ""
         raise ConfigError(
-            f"command line: --debug-cpu {processes}: this run is one process (strategy single), and so is its twin; "
-            "use --debug-cpu 1, or parallel.devices=2 or more"
+            f"command line: --debug-cpu {processes}: this run is one process (strategy {strategy}), and so is its "
+            f"twin; use --debug-cpu 1{more}"
         )
     if strategy.shards and processes == 1:
         raise ConfigError(
@@ -118,8 +130,9 @@ def _check_is_possible(original: Plan, processes: int) -> None:
 def changes(config: RunConfig, original: Plan | None, processes: int) -> list[str]:
     """The overrides that make a run its twin; `config` holds what the files of other launchers say of the run."""
     stated = ["parallel.device=cpu", f"parallel.devices={processes}", "parallel.nodes=1"]
-    if original is not None and processes == 1:  # where `auto` would mean another strategy
-        stated.append(f"parallel.strategy={original.processes.strategy}")
+    auto_differs = config.parallel.strategy == "auto" and original is not None and original.processes.strategy.shards
+    if original is not None and (processes == 1 or auto_differs):  # where `auto` would mean another strategy
+        stated.append(f"parallel.strategy={of_twin(original.processes.strategy)}")
     if config.parallel.accelerate_config:  # which states the devices of the run itself; all else of it is in `config`
         stated.append("parallel.accelerate_config=null")
         stated += [
@@ -146,7 +159,7 @@ def differences(original: Plan, twin: Plan) -> list[str]:
 def _facts(plan: Plan) -> dict[str, Any]:
     """A plan by dotted keys, without the run folder, and with what follows from it for the communication."""
     content = as_json(plan)
-    del content["run_folder"], content["command"]
+    del content["run_folder"], content["command"], content["memory"]
     content["communication"] = _communication(plan)
     return flatten(content)
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from launch.dotted import NOTHING, get
+from launch.dotted import NOTHING, get, keys_of
 from launch.errors import ConfigError
 from launch.keys import names_of, section_of
+from launch.nearest import listed, nearest_keys
 from launch.secret import is_secret_key, is_secret_value
 from launch.sections import RunConfig, Section
 from launch.source import DEFAULT, Layer, place_of, shown
@@ -23,9 +24,16 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate(
-    model: type[Model], values: dict[str, Any], layer: Layer, prefix: str = "", root: type[Section] = RunConfig
+    model: type[Model],
+    values: dict[str, Any],
+    layer: Layer,
+    prefix: str = "",
+    root: type[Section] = RunConfig,
+    also: Callable[[], list[str]] = list,
 ) -> Model:
     """Build `model` from `values`; `prefix` is the dotted key under which they stand in a file of `root`.
+
+    `also` gives keys that such a file may have beyond `root`, for suggestions.
 
     Raises:
         ConfigError: one line per problem.
@@ -34,14 +42,72 @@ def validate(
         # From JSON, because strict mode there still takes a list for a tuple.
         return model.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        start = tuple(prefix.split(".")) if prefix else ()
-        # One line per key: a union of kinds reports each kind it is not.
-        lines: dict[str, list[str]] = {}
-        for details in error.errors():
-            head, rule = _message(model, details, layer, start, root)
-            if rule not in lines.setdefault(head, []):
-                lines[head].append(rule)
-        raise ConfigError("\n".join(head + " or ".join(rules) for head, rules in lines.items())) from None
+        checked = _Checked(model, layer, tuple(prefix.split(".")) if prefix else (), root, also)
+        raise ConfigError("\n".join(checked.lines(error.errors()))) from None
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What was checked, as far as messages need it."""
+
+    model: type[BaseModel]
+    layer: Layer
+    start: tuple[str, ...]
+    """The keys that lead to what was checked."""
+    root: type[Section]
+    also: Callable[[], list[str]]
+
+    def lines(self, errors: list[ErrorDetails]) -> Iterator[str]:
+        """One line per key: a union of kinds reports each kind it is not."""
+        rules: dict[str, list[str]] = {}
+        unknown, missing = set[str](), dict[str, str]()
+        for details in errors:
+            location = _without_union_tags(self.model, details["loc"])
+            dotted = ".".join((*self.start, *location))
+            if details["type"] == "missing":
+                missing[dotted] = self._missing(dotted)
+                continue
+            if details["type"] == "extra_forbidden":
+                near = self._near(dotted, location)
+                unknown.update(near)
+                rule = self._unknown(location, near)
+            else:
+                rule = _rule(details)
+            told = rules.setdefault(self._head(dotted, details["input"]), [])
+            if rule not in told:
+                told.append(rule)
+        # A key that must be there and is mistyped is one mistake, not two.
+        yield from (line for dotted, line in missing.items() if dotted not in unknown)
+        yield from (head + " or ".join(told) for head, told in rules.items())
+
+    def _missing(self, dotted: str) -> str:
+        stated = [key for key in keys_of(self.layer.values) if key.rpartition(".")[2] == dotted.rpartition(".")[2]]
+        if stated:
+            got = shown(get(self.layer.values, stated[0]))
+            return f"{place_of(self.layer, stated[0])}: {stated[0]} = {got}: did you mean {dotted}, which must be set?"
+        place = place_of(self.layer, dotted)
+        return f"{self.layer.source if place == DEFAULT else place}: {dotted}: must be set"
+
+    def _head(self, dotted: str, got: Any) -> str:
+        stated = get(self.layer.values, dotted)  # as it was written: a check may have changed it before it failed
+        return f"{place_of(self.layer, dotted)}: {dotted} = {shown(got if stated is NOTHING else stated)}: "
+
+    def _section(self, location: tuple[str, ...]) -> type[BaseModel]:
+        return _field(self.model, list(location[:-1])) or self.model
+
+    def _near(self, dotted: str, location: tuple[str, ...]) -> list[str]:
+        siblings = [".".join((*self.start, *location[:-1], name)) for name in self._section(location).model_fields]
+        return nearest_keys(dotted, siblings, [*names_of(self.root), *self.also()], set(keys_of(self.layer.values)))
+
+    def _unknown(self, location: tuple[str, ...], near: list[str]) -> str:
+        section, _, name = location[-1].rpartition(".")
+        if section:
+            return f"unknown key; dots are for the command line: in a file, write `{name}:` within `{section}:`"
+        if near:
+            return f"unknown key; did you mean {listed(near)}?"
+        where = ".".join((*self.start, *location[:-1])) or self.root.file
+        names = ", ".join(self._section(location).model_fields)
+        return f"unknown key; {where} has {names}" if names else f"unknown key; {where} has no keys yet"
 
 
 _TYPE_NAMES = {
@@ -58,25 +124,13 @@ _TYPE_NAMES = {
 }
 
 
-def _message(
-    model: type[BaseModel], details: ErrorDetails, layer: Layer, start: tuple[str, ...], root: type[Section]
-) -> tuple[str, str]:
-    """`("place: key = value: ", "the rule that it breaks")`."""
-    location = _without_union_tags(model, details["loc"])
-    keys = (*start, *location)
-    dotted = ".".join(keys)
-    if details["type"] == "missing":
-        place = place_of(layer, dotted)
-        return f"{layer.source if place == DEFAULT else place}: {dotted}: ", "must be set"
-    stated = get(layer.values, dotted)  # as it was written: a check may have changed it before it failed
-    head = f"{place_of(layer, dotted)}: {dotted} = {shown(details['input'] if stated is NOTHING else stated)}: "
-    if details["type"] == "extra_forbidden":
-        return head, _unknown_key(model, location, start, root)
+def _rule(details: ErrorDetails) -> str:
+    """What a value must be, in our words."""
     if details["type"] in _TYPE_NAMES:
-        return head, f"must be {_TYPE_NAMES[details['type']]}" + _quoting_hint(details)
+        return f"must be {_TYPE_NAMES[details['type']]}" + _quoting_hint(details)
     text = details["msg"].removeprefix("Value error, ")
     text = re.sub(r"^Input should be ", "must be ", text)
-    return head, text[:1].lower() + text[1:]
+    return text[:1].lower() + text[1:]
 
 
 def _quoting_hint(details: ErrorDetails) -> str:
@@ -109,33 +163,6 @@ def _field(model: type[BaseModel], keys: list[str]) -> type[BaseModel] | None:
             return None
         current = section_of(current.model_fields[key].annotation)
     return current
-
-
-def _unknown_key(model: type[BaseModel], location: tuple[str, ...], start: tuple[str, ...], root: type[Section]) -> str:
-    section = _field(model, list(location[:-1])) or model
-    siblings = [".".join((*start, *location[:-1], name)) for name in section.model_fields]
-    key = ".".join((*start, *location))
-    right = nearest_key(key, siblings, names_of(root))
-    if right:
-        return f"unknown key; did you mean {right}?"
-    where = ".".join((*start, *location[:-1])) or root.file
-    names = ", ".join(section.model_fields)
-    return f"unknown key; {where} has {names}" if names else f"unknown key; {where} has no keys yet"
-
-
-def nearest_key(key: str, siblings: list[str], everywhere: list[str]) -> str | None:
-    """The key most likely meant: a similar one of the same section, else the same name elsewhere."""
-    by_name = {sibling.rpartition(".")[2]: sibling for sibling in siblings}
-    name = key.rpartition(".")[2]
-    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.7)
-    if close:
-        return by_name[close[0]]
-    elsewhere = [other for other in everywhere if other.rpartition(".")[2] == name]
-    if elsewhere:
-        return elsewhere[0]
-    as_deep = [other for other in everywhere if other.count(".") >= key.count(".")]
-    close = difflib.get_close_matches(key, as_deep, n=1, cutoff=0.75)
-    return close[0] if close else None
 
 
 def refuse_unrecordable(layer: Layer) -> None:

@@ -6,8 +6,12 @@ from importlib import metadata
 
 RECORDED_PACKAGES = (
     *("shoal", "torch", "accelerate", "transformers", "datasets", "tokenizers", "safetensors", "numpy"),
-    *("deepspeed", "peft", "wandb"),
+    *("deepspeed", "peft", "torch_xla", "wandb"),
 )
+
+
+TORCH_XLA = "pip install 'torch_xla[tpu]==2.9.0' 'torch==2.9.0', which fit each other"
+"""What to do where torch_xla is missing."""
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,18 +14,12 @@ IGNORED = -100
 """Label of a position that is no target (torch's `cross_entropy` default)."""
 
 
-def padded(rows: Sequence[Sequence[int]], filler: int, multiple: int, most: int | None = None) -> torch.Tensor:
-    """Rows padded on the right to the longest, up to a multiple of `multiple`; int64 `(rows, width)`.
-
-    `most` is where the multiple ends, such as the positions of the model; a longer row stays whole.
-    """
+def padded(rows: Sequence[Sequence[int]], filler: int, width: Callable[[int], int]) -> torch.Tensor:
+    """Rows padded on the right, to the `width` for the longest; int64 `(rows, width)`."""
     import torch
 
-    longest = max(map(len, rows))
-    width = -(-longest // multiple) * multiple
-    if most is not None:
-        width = min(width, max(most, longest))
-    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])
+    columns = width(max(map(len, rows)))
+    return torch.tensor([[*row, *[filler] * (columns - len(row))] for row in rows])
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -50,6 +44,14 @@ def count_targets(batch: Batch) -> int:
     return int((batch["labels"] != IGNORED).sum())
 
 
-def marks(rows: Sequence[Any], multiple: int, most: int | None = None) -> torch.Tensor:
+def marks(rows: Sequence[Any], width: Callable[[int], int]) -> torch.Tensor:
     """The attention mask of such rows: 1 where they are, 0 where they are padded."""
-    return padded([[1] * len(row) for row in rows], 0, multiple, most)
+    return padded([[1] * len(row) for row in rows], 0, width)
+
+
+def without_labels(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The same sample with labels that are no targets: a list of them, an array, or one number."""
+    labels = sample["labels"]
+    if isinstance(labels, list):
+        return {**sample, "labels": [IGNORED] * len(labels)}
+    return {**sample, "labels": labels * 0 + IGNORED}

@@ -38,7 +38,7 @@ from recipes.chat import (
 from recipes.embedded import LANGUAGE_MODEL
 from recipes.embedded_chats import EMBEDDED_CHATS
 from recipes.models import ModelArgs, Source, check_model
-from recipes.packing import Blocks, Packed, Packing, Plan, check_isolation, collate
+from recipes.packing import Blocks, Packed, Packing, Plan, check_isolation, collate, without_targets
 from recipes.rows import (
     RowStream,
     check_rows,
@@ -96,7 +96,9 @@ def preview(args: Args, context: RecipeContext) -> Preview:
         stated_template(args)
     check_model(args)
     samples = (_text_samples if args.format == "text" else _chat_samples)(args, context)
-    return Preview(samples, args.block_size, METRICS)
+    padded = args.chosen_packing != "continuous"
+    use = _source(args, context).use("next_token", args.block_size, padded=padded)
+    return Preview(samples, args.block_size, METRICS, use)
 
 
 def _check(args: Args) -> None:
@@ -140,17 +142,16 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
             check_isolation(model, args.model)
         return model
 
-    padded = args.chosen_packing != "continuous"
+    padded, width = args.chosen_packing != "continuous", context.width(args.pad_to_multiple_of, args.block_size)
     return Prepared(
         build_model=build_model,
         tokenizer=tokenizer,
         train=train,
         validation=validation,
-        collate=functools.partial(collate, multiple=args.pad_to_multiple_of, longest=args.block_size)
-        if padded
-        else collate,
+        collate=functools.partial(collate, width=width) if padded else collate,
         loss=loss,
         count=count,
+        without_targets=without_targets,
         loss_metrics=lambda mean_loss: {"perplexity": math.exp(mean_loss) if mean_loss < 700 else math.inf},
         facts=facts,
         sample_prompt=sample_prompt,

@@ -81,5 +81,5 @@ def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-LANGUAGE_MODEL = Embedded("embedded", _KEY, _make)
+LANGUAGE_MODEL = Embedded("embedded", _KEY, _make, {"model_type": "gpt2", "vocab_size": VOCABULARY, **_MODEL})
 """Byte-level BPE tokenizer and an untrained GPT-2 of about 700,000 parameters."""

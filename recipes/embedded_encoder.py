@@ -37,7 +37,8 @@ def small_encoder(texts: Callable[[], Iterable[str]], identity: JsonValue) -> Em
     `texts` are to be of the training part alone; `identity` is all that they are made from.
     """
     key = {"texts": identity, "most": TEXTS, "vocabulary": VOCABULARY, "model": _MODEL, "version": 1}
-    return Embedded("encoder", key, lambda folder: _make(folder, itertools.islice(texts(), TEXTS)))
+    config = {"model_type": "bert", "vocab_size": VOCABULARY, **_MODEL}
+    return Embedded("encoder", key, lambda folder: _make(folder, itertools.islice(texts(), TEXTS)), config)
 
 
 def _make(folder: Path, texts: Iterable[str]) -> None:

@@ -123,7 +123,7 @@ def _make(folder: Path) -> None:
         BertForQuestionAnswering(config).save_pretrained(folder)
 
 
-QUESTION_ENCODER = Embedded("embedded-questions", _KEY, _make)
+QUESTION_ENCODER = Embedded("embedded-questions", _KEY, _make, {"model_type": "bert", **_MODEL})
 """A tokenizer of whole words and an untrained BERT."""
 
 QUESTIONS = EmbeddedRows("the embedded questions", _KEY, lambda: _rows(TRAINING, 0), lambda: _rows(VALIDATION, 1))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _WHOLE_NUMBER = re.compile(r"-?\d+")
 
+LIKELY_LABELS = 10
+"""So many are taken for granted before they are known; it makes no difference to speak of."""
+
 SHOWN = 10
 """Labels named in a message; there may be thousands."""
 

@@ -5,22 +5,18 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from launch.errors import ConfigError
-from launch.recipe import RecipeArgs
+from launch.recipe import RecipeArgs, Texts
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
-
-Names = Annotated[
-    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else tuple(value or ()))
-]
 
 
 class Lora(RecipeArgs):
@@ -32,9 +28,9 @@ class Lora(RecipeArgs):
     """The adapters' product is scaled by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout of what the adapters are given."""
-    target_modules: Names = ()
+    target_modules: Texts = ()
     """Ends of the names of the layers that get adapters; none: what PEFT takes for this architecture; `all-linear`."""
-    modules_to_save: Names = ()
+    modules_to_save: Texts = ()
     """Modules that are trained whole besides; heads of a task and what the base model lacks are so in any case."""
 
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, JsonValue
 
 from launch.errors import DataError
-from launch.recipe import Batch, Inference, Metrics, Prepared, Preview, RecipeContext, Scoring
-from recipes.batches import IGNORED, count_targets, marks, padded, summed_cross_entropy
+from launch.recipe import Batch, Inference, Metrics, Prepared, Preview, RecipeContext, Scoring, Width
+from recipes.batches import IGNORED, count_targets, marks, padded, summed_cross_entropy, without_labels
 from recipes.embedded import paragraphs
 from recipes.embedded_encoder import small_encoder
 from recipes.masking import Masked, MaskedStream, Masking
@@ -64,9 +64,12 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     check_rows(args, _columns(args))
     check_model(args)
     rows = rows_identity(args, _columns(args), REFERENCE)
-    samples = encoded_samples(context, "masked-lm", rows, _identity(args, _source(args, context)))
+    source = _source(args, context)
+    samples = encoded_samples(context, "masked-lm", rows, _identity(args, source))
     tokens = args.max_length if args.join_texts else None
-    return Preview(samples, tokens, metrics=("pseudo_perplexity", "masked_accuracy"))
+    return Preview(
+        samples, tokens, ("pseudo_perplexity", "masked_accuracy"), source.use("masked_token", args.max_length)
+    )
 
 
 def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:
@@ -101,9 +104,10 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
         tokenizer=tokens,
         train=wrap(encoded.train, masking),
         validation=Masked(encoded.validation, replace(masking, seed=None)),
-        collate=Collate(tokens.pad_token_id, args.pad_to_multiple_of, args.max_length),
+        collate=Collate(tokens.pad_token_id, context.width(args.pad_to_multiple_of, args.max_length)),
         loss=loss,
         count=count,
+        without_targets=without_labels,
         loss_metrics=lambda mean_loss: {"pseudo_perplexity": math.exp(mean_loss) if mean_loss < 700 else math.inf},
         scoring=Scoring(predict, measure),
         facts=_facts(encoded, rows),
@@ -225,16 +229,15 @@ class Collate:
     """Pads samples on the right to the longest, and makes tensors of them."""
 
     pad_id: int
-    multiple: int
-    max_length: int
+    width: Width
 
     def __call__(self, samples: list[dict[str, Numbers]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels`, all int64 `(batch, seq)`."""
         ids, labels = ([sample[name].tolist() for sample in samples] for name in ("input_ids", "labels"))
         return {
-            "input_ids": padded(ids, self.pad_id, self.multiple, self.max_length),
-            "attention_mask": marks(ids, self.multiple, self.max_length),
-            "labels": padded(labels, IGNORED, self.multiple, self.max_length),
+            "input_ids": padded(ids, self.pad_id, self.width),
+            "attention_mask": marks(ids, self.width),
+            "labels": padded(labels, IGNORED, self.width),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from pydantic import Field, JsonValue
 
 from launch.cache import Cache, file_identity
 from launch.errors import ConfigError, DataError
-from launch.recipe import HubNameOrFolder, RecipeArgs
+from launch.recipe import Adapters, Head, HubNameOrFolder, ModelUse, RecipeArgs
 from recipes.files import short
 from recipes.lora import Lora, add_adapters, check_lora
-from recipes.text import check_hub
+from recipes.text import cached_file, check_hub
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +57,8 @@ class Embedded:
     """All that it is made from."""
     make: Callable[[Path], None]
     """Writes a Hugging Face folder: configuration, weights and tokenizer."""
+    config: Mapping[str, Any]
+    """What its config.json says of its architecture, known before it is made."""
 
     def folder(self, cache: Cache) -> Path:
         """Where it is; made if it is not there yet."""
@@ -258,6 +261,33 @@ class Source:
             more = f" and {len(layers) - 5} more" if len(layers) > 5 else ""
             self.cache.say(f"new weights, which {self.args.model} does not bring: {', '.join(layers[:5])}{more}")
         return new
+
+    def use(
+        self, head: Head, tokens: int, *, target_tokens: int = 0, outputs: int = 0, padded: bool = True
+    ) -> ModelUse | None:
+        """What the plan of memory follows from; None where the configuration cannot be seen from here."""
+        stated = self._config_json()
+        if stated is None:
+            return None
+        args = self.args
+        lora = Adapters(args.lora.r, args.lora.target_modules) if args.lora else None
+        config = {**stated, **args.config_overrides, "dropout": args.dropout}
+        return ModelUse(config, head, tokens, target_tokens, outputs, padded, lora)
+
+    def _config_json(self) -> Mapping[str, Any] | None:
+        """The model's configuration as it was published, without torch or a network."""
+        if self.args.model == EMBEDDED:
+            made = self.cache.path(self.embedded.kind, self.embedded.key) / "config.json"
+            if not made.is_file():
+                return self.embedded.config
+            return dict(json.loads(made.read_text(encoding="utf-8")))
+        name = packaged(self.args.model)
+        path = Path(name) / "config.json" if Path(name).is_absolute() else cached_file(name, "config.json")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path else None
+        except (OSError, ValueError):  # preparing says what is wrong with it
+            return None
+        return found if isinstance(found, dict) else None
 
     def tokenizer_identity(self) -> Any:
         """What the tokenizer is, for the key of what is made with it; known without importing one."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import JsonValue
 
 from launch.errors import ConfigError
-from launch.recipe import RecipeContext
+from launch.recipe import RecipeContext, Width
 from recipes.batches import IGNORED
 
 if TYPE_CHECKING:
@@ -193,27 +193,36 @@ def read_ids(path: Path) -> Tokens:
 # --- batches ---------------------------------------------------------------------------------------------
 
 
-def collate(samples: list[Tokens], multiple: int = 1, longest: int | None = None) -> dict[str, torch.Tensor]:
-    """`input_ids` and `labels`, int64, shape `(batch, seq)`; `attention_mask` only where a sample is padded.
+_UNPADDED = Width()
 
-    Padded on the right to a multiple of `multiple`, but not beyond `longest`. With `position_ids` where samples have
-    them; those of padding are 0, which makes each a document of its own.
+
+def collate(samples: list[Tokens], width: Width = _UNPADDED) -> dict[str, torch.Tensor]:
+    """`input_ids`, `labels`, int64, `(batch, seq)`; `attention_mask` where a sample is padded or there are few widths.
+
+    Padded on the right to the `width` for the longest. With `position_ids` where samples have them; those of padding
+    are 0, which makes each a document of its own.
     """
     import numpy as np
     import torch
 
     rows = [_with_labels(sample) for sample in samples]
     lengths = np.array([row.shape[1] for row in rows])
-    width = max(-(-int(lengths.max()) // multiple) * multiple, 1)
-    width = max(min(width, longest or width), int(lengths.max()))
-    laid = np.zeros((len(rows[0]), len(rows), width), dtype=np.int64)
-    real = np.arange(width) < lengths[:, None]
+    columns = max(width(int(lengths.max())), 1)
+    laid = np.zeros((len(rows[0]), len(rows), columns), dtype=np.int64)
+    real = np.arange(columns) < lengths[:, None]
     laid[:, real] = np.concatenate(rows, axis=1)
     laid[1][~real] = IGNORED
     batch = dict(zip(("input_ids", "labels", "position_ids"), map(torch.from_numpy, laid), strict=False))
-    if not real.all():
+    if width.few or not real.all():
         batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
     return batch
+
+
+def without_targets(sample: Tokens) -> Tokens:
+    """The same tokens with labels that are no targets."""
+    found = _with_labels(sample).copy()
+    found[1] = IGNORED
+    return found
 
 
 def _with_labels(sample: Tokens) -> Tokens:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from launch.errors import ConfigError, DataError
-from launch.recipe import Batch, Inference, Prepared, Preview, RecipeContext, Scoring
+from launch.recipe import Batch, Inference, Prepared, Preview, RecipeContext, Scoring, Width
 from recipes import metrics
 from recipes.answers import Answers
 from recipes.batches import IGNORED, marks, padded, summed_cross_entropy
@@ -79,11 +79,13 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     check_model(args)
     metrics.check(["squad"], "recipe_args.model")
     rows = rows_identity(args, _columns(args), QUESTIONS)
-    samples = encoded_samples(context, "windows", rows, _identity(args, _source(args, context)))
+    source = _source(args, context)
+    samples = encoded_samples(context, "windows", rows, _identity(args, source))
     unanswerable = args.unanswerable
     if unanswerable is None and not (args.dataset or args.train_files):
         unanswerable = True
-    return Preview(samples, args.max_length, metric_names(bool(unanswerable)))
+    use = source.use("span", args.max_length, outputs=2)
+    return Preview(samples, args.max_length, metric_names(bool(unanswerable)), use)
 
 
 def metric_names(unanswerable: bool) -> tuple[str, ...]:
@@ -135,15 +137,17 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
         outputs = model(**_inputs(batch))
         return summed_loss(outputs, batch), best_spans(outputs, batch, made.cls_token_id, args)
 
+    width = context.width(args.pad_to_multiple_of, args.max_length)
     return Prepared(
         build_model=lambda: source.build("AutoModelForQuestionAnswering", config, made),
         tokenizer=made,
         train=features.train,
         validation=_numbered(features.validation),
-        collate=lambda samples: collate(samples, made, args),
+        collate=lambda samples: collate(samples, made, width),
         loss=loss,
         count=count,
         scoring=Scoring(predict, answers.measure),
+        without_targets=lambda sample: {**sample, "start_positions": IGNORED, "end_positions": IGNORED},
         targets=TARGETS,
         facts=_facts(rows, features, lacking),
     )
@@ -198,7 +202,7 @@ def _facts(rows: Splits, features: Splits, lacking: int) -> dict[str, Any]:
 # --- batches and loss ------------------------------------------------------------------------------------
 
 
-def collate(samples: list[Any], tokenizer: PreTrainedTokenizerBase, args: Args) -> dict[str, torch.Tensor]:
+def collate(samples: list[Any], tokenizer: PreTrainedTokenizerBase, width: Width) -> dict[str, torch.Tensor]:
     """The model's inputs, int64, shape `(batch, seq)`, padded on the right; and what `TARGETS` says.
 
     `start_positions` and `end_positions`, shape `(batch,)`; of validation samples also `offsets`, shape
@@ -207,17 +211,17 @@ def collate(samples: list[Any], tokenizer: PreTrainedTokenizerBase, args: Args) 
     import torch
 
     def rows(name: str, filler: int) -> torch.Tensor:
-        return padded([sample[name] for sample in samples], filler, args.pad_to_multiple_of, args.max_length)
+        return padded([sample[name] for sample in samples], filler, width)
 
     batch = {
         "input_ids": rows("input_ids", tokenizer.pad_token_id),
-        "attention_mask": marks([sample["input_ids"] for sample in samples], args.pad_to_multiple_of, args.max_length),
+        "attention_mask": marks([sample["input_ids"] for sample in samples], width),
     }
     length = batch["input_ids"].shape[1]
     if "token_type_ids" in samples[0]:
         batch["token_type_ids"] = rows("token_type_ids", tokenizer.pad_token_type_id)
     if "offsets" in samples[0]:
-        flat = padded([sample["offsets"] for sample in samples], NOWHERE[0], 2 * length)
+        flat = padded([sample["offsets"] for sample in samples], NOWHERE[0], lambda _: 2 * length)
         batch["offsets"] = flat.view(len(samples), length, 2)
     for name in ("start_positions", "end_positions", "question"):
         if name in samples[0]:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, JsonValue
 
 from launch.errors import ConfigError, DataError
-from launch.recipe import Batch, Inference, Metrics, Prepared, Preview, RecipeContext, Scoring
+from launch.recipe import Batch, Inference, Metrics, Prepared, Preview, RecipeContext, Scoring, Width
 from recipes import metrics
-from recipes.batches import count_targets, summed_cross_entropy
+from recipes.batches import count_targets, summed_cross_entropy, without_labels
+from recipes.metric_options import check_options
 from recipes.models import Embedded, ModelArgs, Source, check_model
 from recipes.rows import (
     EmbeddedRows,
@@ -107,6 +108,7 @@ class Task:
     def preview(self) -> Preview:
         """Check all that can be checked without torch; the number of samples if they are prepared already."""
         args = self.args
+        check_options(args.metrics, args.metric_options, "recipe_args.metric_options")
         check_model(args)
         check_rows(args, self.columns)
         metrics.check(args.metrics, "recipe_args.metrics")
@@ -119,7 +121,9 @@ class Task:
         samples = encoded_samples(self.context, self.name, rows, self._identity)
         known = all(name in GIVES for name in args.metrics)
         given = tuple(number for name in args.metrics for number in GIVES.get(name, ()))
-        return Preview(samples, metrics=(*given, "generated_length") if known and given else () if known else None)
+        names = (*given, "generated_length") if known and given else () if known else None
+        use = self._source.use("text_to_text", args.max_source_length, target_tokens=args.max_target_length)
+        return Preview(samples, metrics=names, model=use)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer as training uses it: it knows its languages, and ends every text with the end-of-text token."""
@@ -151,13 +155,23 @@ class Task:
             tokenizer=tokenizer,
             train=encoded.train,
             validation=encoded.validation,
-            collate=Collate(tokenizer.pad_token_id, writing.start, args.pad_to_multiple_of),
+            collate=Collate(
+                tokenizer.pad_token_id,
+                writing.start,
+                self._width(args.max_source_length),
+                self._width(args.max_target_length),
+            ),
             loss=loss,
             count=count,
+            without_targets=without_labels,
             scoring=self._scoring(encoded, tokenizer, writing, loss) if args.metrics else None,
             facts=facts(splits, encoded),
             sample_prompt=encoded.validation[0]["source"],
         )
+
+    def _width(self, most: int) -> Width:
+        multiple = self.args.pad_to_multiple_of
+        return self.context.width(multiple, -(-most // multiple) * multiple)
 
     def _scoring(self, encoded: Splits, tokenizer: Any, writing: Writing, loss: Any) -> Scoring:
         args, validation = self.args, encoded.validation

@@ -22,7 +22,8 @@ def small_t5(
     def make(folder: Path) -> None:
         _make(folder, texts(), merges)
 
-    return Embedded(f"t5-{kind}", {"merges": merges, "texts": key, "model": _MODEL, "version": 1}, make)
+    config = {"model_type": "t5", "vocab_size": 2 + BYTES + merges, **_MODEL}
+    return Embedded(f"t5-{kind}", {"merges": merges, "texts": key, "model": _MODEL, "version": 1}, make, config)
 
 
 def _make(folder: Path, texts: Iterable[str], merges: int) -> None:

@@ -6,7 +6,6 @@ Yields *pieces*: a text, and whether a document ends with it. Checks that need n
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,8 @@ from pydantic import JsonValue
 
 from launch.cache import file_identity
 from launch.errors import DataError
-from launch.topology import hub_is_off
+from launch.hub import hub_trouble
 from recipes.files import check_columns, check_named, find_files, format_of, read_lines, read_rows, short
-
-HUB_SECONDS = 2.0
-"""How long to try to reach the Hub before saying that it cannot be reached."""
 
 Documents = Literal["auto", "row", "paragraph", "file"]
 
@@ -156,11 +152,8 @@ def check_hub(key: str, name: str, kind: Literal["model", "dataset"]) -> None:
     """
     if _snapshots(name, kind):
         return
-    if hub_is_off():
-        why = "the Hub is switched off (HF_HUB_OFFLINE)"
-    elif not hub_answers():
-        why = f"the Hub did not answer within {HUB_SECONDS:g} s"
-    else:
+    why = hub_trouble(f"/api/{kind}s/{name}")
+    if not why:
         return
     local = (
         "recipe_args.train_files=<file>" if kind == "dataset" else f"{key}=<folder with config.json and tokenizer.json>"
@@ -179,16 +172,7 @@ def _snapshots(name: str, kind: Literal["model", "dataset"]) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def hub_answers() -> bool:
-    """Whether the Hub can be reached within HUB_SECONDS."""
-    from urllib.parse import urlparse
-
-    from huggingface_hub import constants
-
-    address = urlparse(constants.ENDPOINT)
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        with socket.create_connection((address.hostname or "", port), timeout=HUB_SECONDS):
-            return True
-    except OSError:
-        return False
+def cached_file(name: str, file: str) -> Path | None:
+    """A file of a model on the Hub, where it is in the cache."""
+    found = (snapshot / file for snapshot in _snapshots(name, "model"))
+    return next((path for path in found if path.is_file()), None)

@@ -15,12 +15,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, JsonValue
 
 from launch.errors import ConfigError, DataError
-from launch.recipe import Batch, Inference, Prepared, Preview, RecipeContext, Scoring
-from recipes.batches import marks, padded, summed_cross_entropy
+from launch.recipe import Batch, Inference, Prepared, Preview, RecipeContext, Scoring, Width
+from recipes.batches import IGNORED, marks, padded, summed_cross_entropy
 from recipes.embedded_docstrings import DOCSTRINGS
 from recipes.embedded_encoder import small_encoder
 from recipes.label_metrics import choose, measure, numbers_of
-from recipes.labels import Labels, Reading, check_number, found_labels, holds_lists, known_labels, stated_names
+from recipes.labels import (
+    LIKELY_LABELS,
+    Labels,
+    Reading,
+    check_number,
+    found_labels,
+    holds_lists,
+    known_labels,
+    stated_names,
+)
 from recipes.models import ModelArgs, Source, check_model
 from recipes.rows import RowArgs, RowStream, Splits, check_rows, encode_rows, encoded_samples, load_rows, rows_identity
 
@@ -68,9 +77,11 @@ def preview(args: Args, context: RecipeContext) -> Preview:
         check_number(args.labels, several=args.problem == "multi_label")
     chosen = choose(args.metrics, several=bool(args.label_separator) or args.problem == "multi_label")
     rows = rows_identity(args, _columns(args), DOCSTRINGS)
-    samples = encoded_samples(context, "classification", rows, _identity(args, _source(args, context)))
+    source = _source(args, context)
+    samples = encoded_samples(context, "classification", rows, _identity(args, source))
     names = args.labels or known_labels(context, _labels_identity(args, rows))
-    return Preview(samples, metrics=numbers_of(chosen, len(names) if names else None))
+    use = source.use("sequence", args.max_length, outputs=len(names or ()) or LIKELY_LABELS)
+    return Preview(samples, metrics=numbers_of(chosen, len(names) if names else None), model=use)
 
 
 def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:
@@ -106,8 +117,7 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
         validation=encoded.validation,
         collate=Collate(
             tokens.pad_token_id,
-            args.pad_to_multiple_of,
-            args.max_length,
+            context.width(args.pad_to_multiple_of, args.max_length),
             len(labels.names) if labels.several else None,
             types=getattr(config, "type_vocab_size", 1) > 1,
         ),
@@ -117,6 +127,7 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
             lambda model, batch: predict(model, batch, args.threshold),
             lambda predictions: measure(predictions, labels, chosen),
         ),
+        without_targets=lambda sample: {**sample, "labels": None if labels.several else IGNORED},
         facts=_facts(encoded, rows, labels, args.max_length),
     )
 
@@ -259,8 +270,7 @@ class Collate:
     """Pads samples on the right to the longest, and makes tensors of them."""
 
     pad_id: int
-    multiple: int
-    max_length: int
+    width: Width
     several: int | None
     """Number of labels, where a sample has any number of them."""
     types: bool
@@ -269,14 +279,15 @@ class Collate:
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and, of pairs, `token_type_ids`, all int64 `(batch, seq)`, and `labels`.
 
-        These are int64 `(batch,)`, or fp32 `(batch, labels)` of 0 and 1 where a sample has any number of them.
+        These are int64 `(batch,)`, or fp32 `(batch, labels)` of 0 and 1 where a sample has any number of them; of a
+        sample without targets IGNORED.
         """
         import torch
 
         def rows(name: str, filler: int) -> torch.Tensor:
-            return padded([sample[name] for sample in samples], filler, self.multiple, self.max_length)
+            return padded([sample[name] for sample in samples], filler, self.width)
 
-        mask = marks([sample["input_ids"] for sample in samples], self.multiple, self.max_length)
+        mask = marks([sample["input_ids"] for sample in samples], self.width)
         batch = {"input_ids": rows("input_ids", self.pad_id), "attention_mask": mask}
         if self.types and "token_type_ids" in samples[0]:
             batch["token_type_ids"] = rows("token_type_ids", 0)
@@ -285,7 +296,10 @@ class Collate:
         else:
             batch["labels"] = torch.zeros(len(samples), self.several)
             for row, sample in zip(batch["labels"], samples, strict=True):
-                row[sample["labels"]] = 1.0
+                if sample["labels"] is None:
+                    row.fill_(IGNORED)
+                else:
+                    row[sample["labels"]] = 1.0
         return batch
 
 
@@ -309,7 +323,8 @@ def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     from torch.nn import functional
 
     if labels.is_floating_point():
-        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        each = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return (each * (labels != IGNORED)).sum()
     return summed_cross_entropy(logits, labels)
 
 

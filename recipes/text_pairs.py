@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import DataError
+from launch.recipe import Width
 from recipes.batches import IGNORED, marks, padded
 from recipes.rows import RowStream, Splits
 
@@ -104,19 +105,38 @@ def facts(splits: Splits, encoded: Splits) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples to a batch, padded on the right to the longest of it, up to a multiple of `multiple`."""
+    """Samples to a batch, padded on the right.
+
+    Where there are only a few widths, source and target take the same place among theirs: else there would be as many
+    shapes as there are pairs of widths.
+    """
 
     pad: int
     start: int
-    multiple: int
+    source: Width
+    target: Width
 
     def __call__(self, samples: list[Any]) -> dict[str, torch.Tensor]:
         """int64: `input_ids`, `attention_mask` (batch, source); `decoder_input_ids`, `labels` (batch, target)."""
         sources, targets = ([sample[name] for sample in samples] for name in ("input_ids", "labels"))
-        before = [[self.start, *target[:-1]] for target in targets]
+        before = [[self.start, *self._given(target)] for target in targets]
+        source, target = self._widths(max(map(len, sources)), max(map(len, targets)))
         return {
-            "input_ids": padded(sources, self.pad, self.multiple),
-            "attention_mask": marks(sources, self.multiple),
-            "decoder_input_ids": padded(before, self.pad, self.multiple),
-            "labels": padded(targets, IGNORED, self.multiple),
+            "input_ids": padded(sources, self.pad, source),
+            "attention_mask": marks(sources, source),
+            "decoder_input_ids": padded(before, self.pad, target),
+            "labels": padded(targets, IGNORED, target),
         }
+
+    def _given(self, target: list[int]) -> list[int]:
+        return [self.pad] * (len(target) - 1) if target[0] == IGNORED else target[:-1]
+
+    def _widths(self, source: int, target: int) -> tuple[Callable[[int], int], Callable[[int], int]]:
+        if not self.source.few:
+            return self.source, self.target
+        bucket = min(self.source.bucket(source), self.target.bucket(target))
+        return self._fixed(self.source, bucket), self._fixed(self.target, bucket)
+
+    @staticmethod
+    def _fixed(width: Width, bucket: int) -> Callable[[int], int]:
+        return lambda longest: max(width.of(bucket), longest)

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, JsonValue
 
 from launch.errors import ConfigError, DataError
-from launch.recipe import Batch, Inference, Prepared, Preview, RecipeContext, Scoring
+from launch.recipe import Batch, Inference, Prepared, Preview, RecipeContext, Scoring, Width
 from recipes import metrics
-from recipes.batches import IGNORED, count_targets, marks, padded, summed_cross_entropy
+from recipes.batches import IGNORED, count_targets, marks, padded, summed_cross_entropy, without_labels
 from recipes.conll import read_conll
 from recipes.embedded_encoder import small_encoder
 from recipes.embedded_entities import ENTITIES
 from recipes.files import Row
+from recipes.labels import LIKELY_LABELS
 from recipes.models import ModelArgs, Source, check_model
 from recipes.rows import RowArgs, RowStream, Splits, check_rows, encode_rows, encoded_samples, load_rows, rows_identity
 from recipes.word_labels import WordLabels, labels_of, listed_values
@@ -62,8 +63,10 @@ def preview(args: Args, context: RecipeContext) -> Preview:
             "recipe_args.streaming: the labels must be known before all rows are read; set recipe_args.labels"
         )
     rows = rows_identity(args, _columns(args), ENTITIES, _readers(args))
-    samples = encoded_samples(context, "token-labels", rows, _identity(args, _source(args, context)))
-    return Preview(samples, metrics=ENTITY_METRICS)
+    source = _source(args, context)
+    samples = encoded_samples(context, "token-labels", rows, _identity(args, source))
+    use = source.use("token", args.max_length, outputs=len(args.labels) or LIKELY_LABELS)
+    return Preview(samples, metrics=ENTITY_METRICS, model=use)
 
 
 def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:
@@ -110,10 +113,11 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
         tokenizer=tokens,
         train=encoded.train,
         validation=encoded.validation,
-        collate=Collate(tokens.pad_token_id, args.pad_to_multiple_of, args.max_length),
+        collate=Collate(tokens.pad_token_id, context.width(args.pad_to_multiple_of, args.max_length)),
         loss=loss,
         count=count,
         scoring=Scoring(predict, labels.measure),
+        without_targets=without_labels,
         targets=("labels", "word_labels"),
         facts=_facts(encoded, rows, labels),
     )
@@ -250,18 +254,17 @@ class Collate:
     """Pads samples on the right to the longest, and makes tensors of them."""
 
     pad_id: int
-    multiple: int
-    max_length: int
+    width: Width
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, `labels` and `word_labels`, all int64 `(batch, seq)`."""
 
         def rows(name: str, filler: int) -> torch.Tensor:
-            return padded([sample[name] for sample in samples], filler, self.multiple, self.max_length)
+            return padded([sample[name] for sample in samples], filler, self.width)
 
         return {
             "input_ids": rows("input_ids", self.pad_id),
-            "attention_mask": marks([sample["input_ids"] for sample in samples], self.multiple, self.max_length),
+            "attention_mask": marks([sample["input_ids"] for sample in samples], self.width),
             **{name: rows(name, IGNORED) for name in ("labels", "word_labels")},
         }
 

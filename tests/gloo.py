@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers", "accelerate", "datasets", "launch.engine.run"])
+_context.set_forkserver_preload(["tests.preload"])
 
 
 def run_ranks(

@@ -15,6 +15,8 @@ from pydantic import Field
 
 from launch.recipe import Prepared, RecipeArgs, RecipeContext
 
+ALL_RANKS = -1
+
 
 class Args(RecipeArgs):
     """What a run file may set."""
@@ -34,7 +36,11 @@ class Args(RecipeArgs):
     seconds_to_prepare: float = 0.0
     """How long the data take."""
     seconds_per_batch: float = 0.0
-    """How long a forward pass takes on top."""
+    """How long a forward pass takes on top; the rank sleeps in its loss."""
+    slow_rank: int | None = None
+    """The one rank of which that is so, or `ALL_RANKS`; all judge sooner than usual who is slow."""
+    seconds_first_batch: float = 0.0
+    """How much longer the first forward pass that trains takes on rank 0, on rank 1 twice as much, and so on."""
     dropout: float = 0.0
     """Share of what the layers leave out, at random."""
     forgetful: bool = False
@@ -43,10 +49,19 @@ class Args(RecipeArgs):
     """A rank that kills itself by SIGKILL."""
     dying_after: int = 0
     """After how many forward passes of each process it does so."""
+    odd_epoch: int | None = None
+    """An epoch, counted from 0, in which a row is odd, and the loss of its batch so many times as high."""
+    odd_factor: float = 30.0
+    """How many times."""
+    late_rank: int | None = None
+    """A rank that takes a moment to read each row; all judge sooner than usual who is slow."""
     failing_rank: int | None = None
-    """A rank that fails in its fifth forward pass."""
+    """A rank that fails in its fifth forward pass, or `ALL_RANKS`."""
     failing_by: str = "raising"
-    """raising, segfault or exit; or how it hangs: asleep, holding_the_lock, stopped, barrier, data or saving."""
+    """raising, segfault, exit, killing, eating; or how it hangs: a word of `fail`, data or saving.
+
+    skipping: it leaves out an exchange that all others make.
+    """
 
 
 class InOrder:
@@ -59,6 +74,20 @@ class InOrder:
         return iter(self._rows)
 
 
+class OddRows(list[list[int]]):
+    """Rows of which one is odd, in one epoch."""
+
+    epoch = 0
+    odd_epoch: int | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next rows are of."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: Any) -> Any:
+        return [3] * 8 if (index, self.epoch) == (5, self.odd_epoch) else super().__getitem__(index)
+
+
 class SlowRows(list[list[int]]):
     """Rows of which one can hardly be read."""
 
@@ -66,6 +95,21 @@ class SlowRows(list[list[int]]):
         if index == 9:
             time.sleep(600)
         return super().__getitem__(index)
+
+
+class LateRows(list[list[int]]):
+    """Rows each of which takes a moment to read."""
+
+    def __getitem__(self, index: Any) -> Any:
+        time.sleep(0.01)
+        return super().__getitem__(index)
+
+
+def judge_often() -> None:
+    """Have this process judge in a second who is slow, instead of half a minute."""
+    from launch.engine import stragglers
+
+    stragglers.WINDOW_SECONDS = 0.5
 
 
 def slow_down_saving() -> None:
@@ -81,12 +125,18 @@ def fail(how: str) -> None:
         ctypes.string_at(0)
     if how == "exit":
         os._exit(3)
+    if how == "killing":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "eating":  # up to 3 GB, where nothing ends it before
+        eaten = [os.urandom(2**20) * 64 for _ in range(48)]
+        raise ValueError(f"{len(eaten)} pieces of memory were to be had")
     if how == "asleep":
         time.sleep(600)
     if how == "holding_the_lock":
         re.match(r"(a+)+$", "a" * 64 + "b")
     if how == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(600)  # others of its threads may run on first
     if how == "barrier":
         import torch
 
@@ -104,17 +154,28 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
     rows = [[(start + step) % 11 for step in range(8)] for start in range(16)]
 
     passes = itertools.count()
-    fails = os.environ.get("RANK", "0") == str(args.failing_rank)
+    slow = args.slow_rank in (None, ALL_RANKS) or os.environ.get("RANK", "0") == str(args.slow_rank)
+    slow_start = iter([args.seconds_first_batch * (1 + int(os.environ.get("RANK", "0")))])
+    fails = args.failing_rank == ALL_RANKS or os.environ.get("RANK", "0") == str(args.failing_rank)
+    if args.odd_epoch is not None:
+        rows = OddRows(rows)
+        rows.odd_epoch = args.odd_epoch
+    if args.late_rank is not None or args.slow_rank is not None:
+        judge_often()
+    if os.environ.get("RANK", "0") == str(args.late_rank):
+        rows = LateRows(rows)
     if fails and args.failing_by == "data":
         rows = SlowRows(rows)
     if fails and args.failing_by == "saving":
         slow_down_saving()
 
     def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        time.sleep(args.seconds_per_batch)
+        time.sleep(args.seconds_per_batch * slow + (next(slow_start, 0.0) if model.training else 0.0))
         if os.environ.get("RANK", "0") == str(args.dying_rank) and next(passes) == args.dying_after:
             os.kill(os.getpid(), signal.SIGKILL)
-        if fails and args.failing_by not in ("data", "saving") and next(passes) == 4:
+        if args.failing_by == "skipping" and next(passes) == 4 and not fails:
+            torch.distributed.all_reduce(torch.zeros(1))
+        if fails and args.failing_by not in ("data", "saving", "skipping") and next(passes) == 4:
             fail(args.failing_by)
         if os.environ.get("RANK", "0") == str(args.greedy_rank) and len(batch["input_ids"]) >= args.greedy_from:
             torch.empty(2**50)
@@ -122,6 +183,8 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
         total = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum"
         )
+        if args.odd_epoch is not None and bool((batch["input_ids"] == 3).all(dim=1).any()):
+            total = total * args.odd_factor
         return total * (1 + next(passes) / 1000) if args.forgetful else total
 
     def build_model() -> GPT2LMHeadModel:

@@ -1,7 +1,8 @@
 """A task of a SLURM job that only writes down what happens to it: in a file of its own, one line per signal.
 
-`python stand_in_task.py FOLDER [stays | EXIT_CODE]`: a file in FOLDER per task and attempt. A task ends on SIGTERM and
-SIGUSR1, unless it stays. Once all tasks are there, the last one ends with EXIT_CODE; if it is negative, by that signal.
+`python stand_in_task.py FOLDER [stays | EXIT_CODE]`: a file in FOLDER per task and attempt. A task ends on its first
+SIGTERM or SIGUSR1, unless it stays. Once all tasks are there, the last one ends with EXIT_CODE; if it is negative, by
+that signal.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ def main(folder: Path, then: str) -> None:
     file = folder / f"attempt-{attempt}-task-{rank}"
 
     def note(number: int, _: FrameType | None) -> None:
+        if then != "stays":
+            for each in (signal.SIGTERM, signal.SIGUSR1):  # SLURM may send one twice, the second while we write
+                signal.signal(each, signal.SIG_IGN)
         with file.open("a") as output:
             output.write(f"{signal.Signals(number).name}\n")
         if then != "stays":

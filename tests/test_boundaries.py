@@ -18,13 +18,14 @@ from launch.assets import code_root, recipes_folder
 from launch.plan import python_environment
 
 LAUNCH = code_root() / "launch"
-ENTRIES = [LAUNCH / f"{name}.py" for name in ("prepare", "probe", "rebuild", "tokenized", "train")]
-CONTROL = sorted(path for path in LAUNCH.glob("*.py") if path not in ENTRIES)
+ENTRY_NAMES = ("beginning", "finishing", "follow", "prepare", "probe", "rebuild", "tokenized", "train")
+ENTRIES = [LAUNCH / f"{name}.py" for name in ENTRY_NAMES]
+CONTROL = sorted(path for path in (*LAUNCH.glob("*.py"), *LAUNCH.glob("report/*.py")) if path not in ENTRIES)
 ENGINE = sorted((LAUNCH / "engine").rglob("*.py"))
 RECIPES = sorted(recipes_folder().rglob("*.py"))
 ALL = [*CONTROL, *ENTRIES, *ENGINE, *RECIPES]
 
-WORKERS = ("launch.engine", "launch.prepare", "launch.probe", "launch.rebuild", "launch.tokenized", "launch.train")
+WORKERS = ("launch.engine", *(f"launch.{name}" for name in ENTRY_NAMES))
 HEAVY = {"torch", "accelerate", "transformers", "datasets"}
 
 
@@ -73,6 +74,7 @@ def ours(modules: set[str]) -> set[str]:
 
 def test_there_is_something_to_look_at() -> None:
     assert len(CONTROL) >= 14
+    assert LAUNCH / "report/page.py" in CONTROL
     assert len(ENGINE) >= 12
     assert len(RECIPES) >= 3
     assert "launch.local" in imports(LAUNCH / "cli.py"), "`from launch import local` is seen"
@@ -85,7 +87,7 @@ def test_there_is_something_to_look_at() -> None:
 def test_the_control_plane_is_free_of_the_worker_plane(path: Path) -> None:
     modules = imports(path)
     assert top_level(modules) & HEAVY == set()
-    assert [module for module in modules if module.startswith(WORKERS)] == []
+    assert [module for module in modules if module in WORKERS or module.startswith("launch.engine.")] == []
 
 
 @pytest.mark.parametrize("path", ENTRIES, ids=named)
@@ -97,8 +99,9 @@ def test_a_worker_entry_imports_the_worker_plane_inside_functions_only(path: Pat
 
 ENGINE_MAY = {
     *("launch.errors", "launch.sections", "launch.recipe", "launch.plan"),
-    *("launch.schedule", "launch.stop", "launch.strategy"),
-    *("launch.checkpoints", "launch.disk", "launch.resume", "launch.versions"),
+    *("launch.schedule", "launch.stop", "launch.strategy", "launch.trackers", "launch.follower", "launch.history"),
+    *("launch.checkpoints", "launch.disk", "launch.dotted", "launch.imports", "launch.resume"),
+    *("launch.utilisation", "launch.versions"),
 }
 
 
@@ -112,7 +115,7 @@ def test_the_loop_sees_no_configuration() -> None:
     assert ours(imports(LAUNCH / "engine/loop.py")) & {"launch.config", "launch.plan", "launch.record"} == set()
 
 
-RECIPES_MAY = {"launch.recipe", "launch.errors", "launch.cache", "launch.topology"}
+RECIPES_MAY = {"launch.recipe", "launch.errors", "launch.cache", "launch.hub", "launch.nearest", "launch.topology"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=named)
@@ -167,23 +170,51 @@ def test_no_module_takes_a_name_that_says_nothing_or_belongs_to_another() -> Non
     assert names & taken == set()
 
 
+def in_a_process(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **python_environment(), "SHOAL_CACHE": str(folder / "cache")},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def test_planning_a_run_imports_no_torch(tmp_path: Path) -> None:
     program = (
         "import json, sys, launch.cli; "
         "launch.cli.app(['plan', 'causal_lm', '--json'], standalone_mode=False); "
         "print(json.dumps(list(sys.modules)), file=sys.stderr)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, **python_environment(), "SHOAL_CACHE": str(tmp_path / "cache")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = in_a_process(program, tmp_path)
     assert json.loads(done.stdout)["config"]["recipe"] == "causal_lm"
     loaded = set(json.loads(done.stderr.splitlines()[-1]))
     assert "launch.plan" in loaded
     assert loaded & HEAVY == set()
     assert list(tmp_path.iterdir()) == [], "a plan writes nothing"
+
+
+QUICK = [
+    *(["--help"], ["run", "--help"], ["doctor", "--help"], ["explain", "causal_lm"], ["recipes", "list"]),
+    ["submit", "causal_lm", "--dry-run", "--gpus-per-node", "2"],
+    *(["status", "."], ["runs", "."]),
+]
+
+
+def test_no_command_that_starts_nothing_imports_torch(tmp_path: Path) -> None:
+    program = (
+        "import json, sys, contextlib, launch.cli, launch.errors\n"
+        f"for arguments in {QUICK!r}:\n"
+        "    with contextlib.suppress(launch.errors.LaunchError):  # status: there is no run\n"
+        "        launch.cli.app(arguments, standalone_mode=False)\n"
+        "print(json.dumps(list(sys.modules)), file=sys.stderr)"
+    )
+    done = in_a_process(program, tmp_path)
+    assert done.stdout.count("Usage:") == 3
+    assert "#SBATCH" in done.stdout
+    loaded = set(json.loads(done.stderr.splitlines()[-1]))
+    assert {"launch.submit", "launch.status", "launch.report.page"} <= loaded
+    assert loaded & (HEAVY | {"wandb", "plotly", "sklearn", "pandas", "huggingface_hub.hf_api"}) == set()

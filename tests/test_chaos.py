@@ -149,7 +149,7 @@ def test_the_interruptions_are_of_all_kinds_at_different_updates_and_the_same_fo
 
 def test_both_runs_are_saved_often_enough_and_unseen_by_others(run_file: Path, tmp_path: Path) -> None:
     overrides, config, told = settings(str(run_file), [], tmp_path)
-    assert overrides == ["train.max_steps=40", "track.every_steps=1", "track.wandb=off"]
+    assert overrides == ["train.max_steps=40", "track.every_steps=1", "track.wandb=off", "track.also=[]"]
     assert (config.train.max_steps, config.save.every_steps, told) == (40, 3, [])
     assert settings(str(run_file), ["train.max_steps=12"], tmp_path)[1].save.every_steps == 3
     overrides, config, told = settings(str(run_file), ["train.max_steps=11"], tmp_path)
@@ -157,7 +157,7 @@ def test_both_runs_are_saved_often_enough_and_unseen_by_others(run_file: Path, t
     assert told == ["save.every_steps = 1 for both runs, since 3 saves too rarely to go on from"]
     stated = ["save.every_steps=null", "train.epochs=3", "track.every_steps=2"]
     overrides, config, told = settings(str(run_file), stated, tmp_path)
-    assert overrides == [*stated, "track.wandb=off"] and config.save.every_steps is None and not told
+    assert overrides == [*stated, "track.wandb=off", "track.also=[]"] and config.save.every_steps is None and not told
     assert list(tmp_path.iterdir()) == [run_file], "nothing was started"
 
 

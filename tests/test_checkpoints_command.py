@@ -163,7 +163,16 @@ def test_keep_last_null_keeps_all(tmp_path: Path) -> None:
     assert told(run, "--prune")["removed"] == []
     entries = inventory(run, verify=False)
     assert [entry.name for entry in superfluous(entries, 2, 0)] == ["step-000001"]
+    assert [entry.name for entry in superfluous(entries, 1, 0, every=2)] == ["step-000001"]
     assert newest(entries) == entries[0]
+
+
+def test_what_a_run_may_go_back_to_is_kept(tmp_path: Path) -> None:
+    run = run_folder(tmp_path, "save.keep_last=1", "save.every_steps=2", "train.on_spike=rewind")
+    for update in (1, 2, 3, 4, 5):
+        save(run, update)
+    assert [each["name"] for each in told(run, "--prune")["removed"]] == ["step-000003", "step-000002", "step-000001"]
+    assert [folder.name for folder in listed(run)] == ["step-000005", "step-000004"]
 
 
 def test_a_run_that_a_launcher_works_on_is_not_pruned(tmp_path: Path) -> None:

@@ -105,9 +105,9 @@ def test_gpus_are_given_out(cluster: Cluster) -> None:
 def test_a_job_that_is_not_in_the_state_is_shown_with_the_logs(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, "exit 3")
     with pytest.raises(
-        AssertionError, match=rf"job {job} is not .'RUNNING'.*ExitCode=3:0(?s:.*)--- ctl\.log\n(?s:.*)n2"
+        AssertionError, match=rf"job {job} is not .'COMPLETED'.*ExitCode=3:0(?s:.*)--- ctl\.log\n(?s:.*)n2"
     ):
-        cluster.wait_for(job, "RUNNING", timeout=2)
+        cluster.wait_for(job, "COMPLETED", timeout=2)
 
 
 def test_a_signal_to_the_batch_script_reaches_it_only(cluster: Cluster, tmp_path: Path) -> None:

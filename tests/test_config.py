@@ -43,7 +43,10 @@ REFUSED = [
     # Unknown keys.
     ("train.max_stepz=3", "train.max_stepz = 3: unknown key; did you mean train.max_steps?"),
     ("train.micro_batch=3", "train.micro_batch = 3: unknown key; did you mean train.micro_batch_size?"),
-    ("train.every_steps=3", "train.every_steps = 3: unknown key; did you mean eval.every_steps?"),
+    (
+        "train.every_steps=3",
+        "train.every_steps = 3: unknown key; did you mean eval.every_steps, save.every_steps or track.every_steps?",
+    ),
     ("eval.seed=3", "eval.seed = 3: unknown key; did you mean train.seed?"),
     ("parallel.strategi=x", 'parallel.strategi = "x": unknown key; did you mean parallel.strategy?'),
     ("save.eval=3", "save.eval = 3: unknown key; did you mean eval?"),
@@ -113,12 +116,17 @@ REFUSED = [
     ("train.schedule=3", "train.schedule = 3: must be 'linear', 'cosine' or 'constant'"),
     ("train.precision=fp8", "train.precision = \"fp8\": must be 'fp32', 'bf16' or 'fp16'"),
     ("train.optimizer=adam", "train.optimizer = \"adam\": must be 'adamw', 'adafactor' or 'sgd'"),
+    (
+        "train.on_spike=rewind",
+        "train.on_spike = rewind: needs checkpoints to go back to, after the same updates whatever happens; set "
+        "save.every_steps",
+    ),
     ("train.sgd_momentum=0.9", "train.sgd_momentum = 0.9: needs train.optimizer=sgd, not adamw"),
     ("track.wandb=yes", "track.wandb = \"yes\": must be 'off', 'offline' or 'online'"),
     (
         "parallel.strategy=fsdp",
         "parallel.strategy = \"fsdp\": must be 'auto', 'single', 'ddp', 'fsdp2', 'fsdp2_offload', 'zero1', 'zero2', "
-        "'zero3', 'zero2_offload' or 'zero3_offload'",
+        "'zero3', 'zero2_offload', 'zero3_offload' or 'xla'",
     ),
     # A word or a number: one line, not one for each kind it is not.
     ("parallel.devices=two", "parallel.devices = \"two\": must be 'auto' or must be a whole number, got text"),

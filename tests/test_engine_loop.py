@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from launch.engine.batching import Loader, Order
 from launch.engine.loop import Step, fit
-from launch.engine.sharding import updates
+from launch.engine.updating import updates
 from launch.errors import NonFiniteError
 from recipes.causal_lm import collate, count, loss
 from tests import tiny

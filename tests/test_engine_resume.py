@@ -20,7 +20,7 @@ from tests.test_engine_sharding import plan_for
 SAMPLES = 20  # windows of 8: two and a ragged one an epoch
 UPDATES = 10
 
-TIMES = {"time", "tokens_per_second", "seconds", "stall_seconds"}
+TIMES = {"time", "tokens_per_second", "seconds", "stall_seconds", "system"}
 
 
 def with_dropout(model: Any, share: float) -> Any:

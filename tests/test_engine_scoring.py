@@ -16,7 +16,7 @@ from launch.engine.inference import Inference
 from launch.engine.precision import Autocast
 from launch.engine.scoring import Evaluation, Score
 from launch.errors import ConfigError
-from launch.recipe import Scoring
+from launch.recipe import Scoring, Width
 from recipes import masked_lm
 from recipes.causal_lm import collate, count, loss
 from tests import tiny
@@ -179,7 +179,7 @@ class Telling(torch.nn.Module):
 def large_evaluation() -> tuple[float, dict[str, float], int]:
     """Loss, metrics, and by how many bytes the peak memory has grown since after the first rows."""
     accelerator, model = Accelerator(cpu=True), Telling().eval()
-    loader = Loader(large_rows(), masked_lm.Collate(0, 1, 1))
+    loader = Loader(large_rows(), masked_lm.Collate(0, Width()))
 
     def score(most: int) -> Score:
         scoring = Scoring(masked_lm.predict, masked_lm.measure)

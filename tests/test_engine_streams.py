@@ -20,9 +20,9 @@ from launch.config import load as load_config
 from launch.engine.batching import Loader, Order, Work, epoch_order
 from launch.engine.loop import Step, StepResult, fit
 from launch.engine.scoring import Evaluation
-from launch.engine.sharding import updates
 from launch.engine.streams import Reader, is_stream
 from launch.engine.trials import LOOKED_AT, longest_samples
+from launch.engine.updating import updates
 from launch.errors import DataError, LaunchError
 from launch.prepare import check_data
 from launch.recipe import Prepared

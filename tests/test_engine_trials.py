@@ -20,8 +20,8 @@ def tried(room: int, greedy_rank: int) -> tuple[dict[int, int], list[int], list[
     from accelerate import Accelerator
 
     from launch.engine.loop import Step
-    from launch.engine.sharding import updates
     from launch.engine.trials import try_sizes
+    from launch.engine.updating import updates
     from launch.recipe import Prepared
     from recipes.causal_lm import collate, count, loss
 

@@ -45,7 +45,8 @@ def test_what_follows_from_a_key_is_what_the_plan_says(tmp_path: Path) -> None:
     assert [*facts] == ["train.micro_batch_size", *(key for key in all_keys() if key.startswith("save."))]
     size = facts["train.micro_batch_size"]
     assert size["value"] == 8 and size["from"] == f"{recipes_folder() / 'causal_lm.yaml'}:14"
-    assert size["follows"] == ["global batch: 16 samples (micro-batch 8 × accumulation 1 × 2 processes)"]
+    assert size["follows"][0] == "global batch: 16 samples (micro-batch 8 × accumulation 1 × 2 processes)"
+    assert size["follows"][1].startswith("memory of a process: ")
     kept = facts["save.keep_last"]
     assert (kept["value"], kept["from"], kept["default"]) == (5, "command line", "2")
     assert "the newest 5 are kept" in kept["follows"][0]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from launch.beginning import Start
 from launch.cache import Cache
 from launch.config import load
 from launch.errors import MemoryExhaustedError
@@ -16,7 +17,7 @@ from launch.fitting import Fits, advice, question, recall, remember, smaller
 from launch.plan import Plan, make_plan
 from launch.recipe import Preview
 from launch.topology import Machine, World
-from launch.train import Start, _memory_may_run_out
+from launch.train import _memory_may_run_out
 from tests.commands import python, shoal
 
 OWN = Path(__file__).with_name("own_recipe.py")

@@ -71,7 +71,8 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_a_disk_too_small_for_the_checkpoints_is_told_before_the_first_update(tmp_path: Path) -> None:
     done = on_a_small_disk(tmp_path / "disk", 0.6, "$RUN train.max_steps=20", tmp_path / "cache")
     assert done.returncode == 5, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("shoal: ")]
+    about_the_report, line = [line for line in done.stderr.splitlines() if line.startswith("shoal: ")]
+    assert "no report.html is written: the disk is nearly full; that does the run no harm" in about_the_report
     assert "are free, but checkpoints will take up to" in line
     assert "save.keep_last = 2" in line
     run = tmp_path / "disk-after/run"

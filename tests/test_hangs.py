@@ -62,9 +62,16 @@ def test_silence_is_told_as_such_and_needs_no_more_time() -> None:
 
 
 def test_of_those_that_wait_the_odd_one_is_named() -> None:
-    asked = heard(waits=True, asked_by_recipe=True)
+    asked = heard(waits=True, asked_by_recipe=True, where="mine.py:7 in loss")
     hang = find_hang({0: WAITS, 1: WAITS, 2: asked}, 3, 101.0, 10.0)
     assert hang is not None and hang.rank == 2, "the recipe's own exchange is the odd one"
+    assert str(hang).endswith(
+        ", mine.py:7 in loss, and waits there itself; elsewhere rank 0 (n1) and 1 more: loop.py:1 in step"
+    )
+    hang = find_hang({0: asked, 1: WAITS, 2: asked}, 3, 101.0, 10.0)
+    assert hang is not None and hang.rank == 1, "it has skipped what all others are in"
+    hang = find_hang({0: WAITS, 1: asked}, 2, 101.0, 10.0)
+    assert hang is not None and hang.rank == 1, "of two, one too many rather than one too few"
     hang = find_hang({0: WAITS, 1: heard(waits=True, update=6)}, 2, 101.0, 10.0)
     assert hang is not None and hang.rank == 1, "who has skipped one is ahead"
 
@@ -81,6 +88,9 @@ def test_what_a_stack_means() -> None:
     barrier = (f"{torch}/distributed/distributed_c10d.py", 7, "barrier")
     own = describe((*ours, ("/home/me/my_recipe.py", 12, "loss"), barrier), 3, 9.0)
     assert own.waits and own.asked_by_recipe and own.where == "home/me/my_recipe.py:12 in loss"
+    gathers = (f"{torch}/nn/modules.py", 7, "forward"), ("/src/launch/engine/meters.py", 3, "await_exchange")
+    waits = describe((*ours, ("/home/me/my_recipe.py", 12, "loss"), *gathers), 3, 9.0)
+    assert waits.waits and waits.where == own.where, "not where waiting is counted"
     saving = describe((*ours, ("/src/launch/engine/keeping.py", 5, "save"), barrier), 3, 9.0)
     assert (saving.phase, saving.asked_by_recipe) == ("saving", False)
 
@@ -117,6 +127,26 @@ def test_the_rank_that_hangs_is_named_with_its_stack(how: str, told: str, in_sta
     last = launcher.said().splitlines()[-40:]
     (line,) = [line for line in last if line.startswith("shoal: rank ")]
     assert re.match(rf"shoal: rank 1 \({HERE}\) {told}", line), last
-    assert line.endswith(f"; 1 other waits for it; log: {tmp_path}/run/logs/rank-1.log")
+    there = r"and waits there itself; elsewhere rank 0 \(.+\): launch/engine/\S+ in \S+"
+    others = f", {there}" if how == "barrier" else "; 1 other waits for it"
+    assert re.search(rf"{others}; log: {tmp_path}/run/logs/rank-1\.log$", line), line
     cause = read_cause(tmp_path / "run")
     assert cause is not None and cause.rank == 1 and in_stack in cause.traceback, launcher.said()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_rank_that_skips_an_exchange_is_named(tmp_path: Path) -> None:
+    """gloo aborts another rank, to which more bytes come than it awaits; the others say a connection was closed."""
+    recipe = Path(__file__).with_name("own_recipe.py")
+    (tmp_path / "run.yaml").write_text(
+        f"recipe: {recipe}\nrecipe_args: {{failing_rank: 1, failing_by: skipping}}\n"
+        "eval: {at_start: false}\nsave: {every_steps: 3}\ntrain: {max_steps: 12, global_batch_size: 12}\n"
+        "parallel: {devices: 3, device: cpu, hang_seconds: 3, timeout_seconds: 120}\n"
+    )
+    with launched(tmp_path, "launch", "run", "run.yaml", "--out", "run") as launcher:
+        assert launcher.end(110) == 1, launcher.said()
+    (line,) = [line for line in launcher.said().splitlines()[-15:] if line.startswith("shoal: rank ")]
+    told = r"was in another exchange than the others, in launch/engine/updating\.py:\d+ in backward; rank 0, 2 in"
+    where = r"\S+own_recipe\.py:\d+ in loss; after update \d; log: \S+rank-1\.log"
+    assert re.fullmatch(rf"shoal: rank 1 \({HERE}\) {told} {where}", line), line

@@ -113,6 +113,7 @@ def test_two_nodes_give_the_numbers_of_one_process(
     assert (told["state"], told["job"], told["nodes"], told["update"]) == ("finished", job, "n[1-2]", 12)
     assert "(reloaded and checked)" in site.log()
     assert site.shoal("logs", "run") == site.log()
+    assert '<span class="state state-finished">' in (site.folder / "run/report.html").read_text(encoding="utf-8")
 
 
 def test_a_template_works_by_hand(site: Site, alone: list[dict[str, Any]]) -> None:
@@ -162,8 +163,8 @@ def test_a_run_that_is_interrupted_four_times_ends_with_the_same_weights(site: S
     site.until(lambda: f"job {job} is queued again" in site.log(), 30)
     saved = newest_complete(site.folder / "run")
     assert saved is not None
-    (told,) = site.states()
-    assert told["state"] == "queued" and told["because"].startswith("start 2, ")
+    site.until(lambda: site.states()[0]["state"] == "queued", 30)  # its batch script has a moment to go
+    assert site.states()[0]["because"].startswith("start 2, ")
     cluster.speed_up_requeue(job)
 
     before = len(site.updates())
@@ -242,6 +243,10 @@ def test_what_has_failed_is_told_and_not_queued_again(site: Site) -> None:
     assert "shoal: rank 3 (n2) was killed by SIGKILL" in site.log()
     (told,) = site.states()
     assert told["state"] == "failed"
+    report = (site.folder / "run/report.html").read_text(encoding="utf-8")
+    assert (
+        "rank 3 (n2) was killed by SIGKILL" in report.partition('<section id="failure"')[2].partition("</section>")[0]
+    )
 
 
 def test_a_job_that_gets_nowhere_is_not_started_for_ever(site: Site) -> None:

@@ -15,10 +15,12 @@ from accelerate import Accelerator
 from transformers import DistilBertConfig, DistilBertModel
 
 from launch.checkpoints import checkpoint_folder, read_state
+from launch.config import load
 from launch.engine.exported import TOLERANCE, difference, load_exported, unlike, untied
 from launch.engine.shards import Stored
 from launch.errors import ConfigError
 from launch.recipe import Prepared
+from launch.registry import load_recipe
 from launch.topology import read_world
 from recipes.causal_lm import Args, collate, count, loss
 from recipes.lora import Lora, add_adapters
@@ -241,3 +243,12 @@ def test_what_is_known_beforehand_is_refused_beforehand(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"needs the package peft; pip install 'shoal\[lora\]'"):
         check_model(Args(lora=Lora()))
+
+
+def test_names_of_another_type_are_told() -> None:
+    for wrong in ("7", "{a: 1}", "true"):
+        stated = ["recipe=causal_lm", f"recipe_args.lora={{target_modules: {wrong}}}"]
+        with pytest.raises(
+            ConfigError, match=r"^command line: recipe_args\.lora\.target_modules = .*: must be a list$"
+        ):
+            load_recipe(load(None, stated))

@@ -279,7 +279,7 @@ def test_an_unknown_name_is_told_all_ways_within_seconds(monkeypatch: pytest.Mon
             "recipe_args.metrics: acuracy: no such metric; did you mean accuracy? ours: accuracy,"
         )
         assert "the path of its file or folder" in message
-        assert ("HF_HUB_OFFLINE" if offline == "1" else "does not answer") in message
+        assert ("HF_HUB_OFFLINE" if offline == "1" else "cannot be reached") in message
         assert "\n" not in message
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -48,24 +49,26 @@ class Machines:
 
     def start(self, node: str, *overrides: str) -> None:
         """Type the command on one of them."""
+        self.type(node, "run", "run.yaml", *overrides, "--rdzv", "n1:29400", "--out", "run")
+
+    def type(self, node: str, *arguments: str, path: str = str(ROOT), within: tuple[str, ...] = ()) -> None:
+        """Type a command of `shoal`; `path` is where its Python finds what is imported, `within` what starts it."""
 
         def work() -> None:
             environment = {
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": path,
                 "OMP_NUM_THREADS": "1",
                 "SHOAL_CACHE": f"{self.folder}/cache-{node}",
             }
             command = [
+                *within,
                 "env",
                 *(f"{name}={value}" for name, value in environment.items()),
                 sys.executable,
                 "-m",
                 "launch",
             ]
-            meeting = ("--rdzv", "n1:29400", "--out", "run")
-            self.done[node] = self.cluster.run(
-                *command, "run", "run.yaml", *overrides, *meeting, node=node, cwd=self.folder, timeout=300
-            )
+            self.done[node] = self.cluster.run(*command, *arguments, node=node, cwd=self.folder, timeout=300)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
@@ -103,7 +106,7 @@ def test_two_machines_train_together(machines: Machines) -> None:
     ]
     assert "waiting for 1 more at n1:29400: run the same command on each machine" in machines.done["n1"].stderr
     assert len(machines.updates()) == 12
-    assert (machines.folder / "run/result.json").exists()
+    assert (machines.folder / "run/result.json").exists() and (machines.folder / "run/report.html").exists()
     logs = sorted(path.name for path in (machines.folder / "run/logs").glob("rank-*.log"))
     assert logs == [f"rank-{rank}.log" for rank in range(4)]
 
@@ -143,3 +146,48 @@ def test_a_cut_link_ends_all_soon_and_each_names_the_other(machines: Machines) -
     for node in ("n1", "n2"):
         left = machines.cluster.run("pgrep", "-f", "launch.train", node=node)
         assert not left.stdout, "no process is left"
+
+
+@pytest.mark.slurm
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_doctor_looks_at_what_is_between_machines(machines: Machines) -> None:
+    """One machine is as it should be; of the other the clock, a package, and the file system of runs are not."""
+    command = ("doctor", "run.yaml", "--rdzv", "n1:29400")
+    (machines.folder / "runs").mkdir()
+    for node in ("n2", "n1"):
+        machines.type(node, *command, *(["--json"] if node == "n1" else []))
+    machines.end()
+    assert [machines.done[node].returncode for node in ("n1", "n2")] == [0, 0], machines.done
+    content = json.loads(machines.done["n1"].stdout)
+    found = {(each["host"], each["name"]): each for each in content["findings"]}
+    assert content["healthy"] and ("n2", "disk of runs") in found and ("", "disk of runs") in found
+    between = {name: found["", name]["found"] for name in ("versions", "folder of runs", "clocks", "names of hosts")}
+    assert between["versions"] == "the same on n1, n2"
+    assert between["folder of runs"] == f"{machines.folder}/runs: each of 2 machines sees what all wrote"
+    assert between["names of hosts"] == "each of n1, n2 finds the others by name"
+    assert re.fullmatch(r"at most 0\.0\d\d s from that of n1", between["clocks"])
+    exchange = r"4 processes on 2 machines \(gloo\) add up 67\.1 MB each, \d+\.\d\d GB/s, the sum is right"
+    assert re.fullmatch(exchange, found["", "exchange"]["found"])
+    assert not list((machines.folder / "runs").iterdir()), "nothing is left behind"
+
+    machines.done.clear()
+    (machines.folder / "odd").mkdir()
+    (machines.folder / "odd/sitecustomize.py").write_text(
+        "import time, importlib.metadata as metadata\n"
+        "now, version = time.time, metadata.version\n"
+        "time.time = lambda: now() + 90\n"
+        "metadata.version = lambda name: '9.9' if name == 'numpy' else version(name)\n"
+    )
+    hidden = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {machines.folder}/runs && exec "$@"', "sh")
+    machines.type("n2", *command, path=f"{machines.folder}/odd:{ROOT}", within=hidden)
+    machines.type("n1", *command)
+    machines.end()
+    first = machines.done["n1"]
+    assert (first.returncode, machines.done["n2"].returncode) == (4, 4)
+    assert first.stderr.splitlines()[-1] == "shoal: not healthy: versions, folder of runs"
+    runs = f"{machines.folder}/runs: n1 does not see what n2 wrote; n2 does not see what n1 wrote"
+    assert f"BAD      folder of runs     {runs}" in first.stdout
+    assert re.search(r"^warning  clocks             n2 is 90\.\d s ahead of n1$", first.stdout, re.MULTILINE)
+    assert re.search(r"^BAD      versions           n2: numpy 9\.9, but \S+ on n1$", first.stdout, re.MULTILINE)
+    assert "-> choose an --out on a file system that all machines share" in first.stdout

@@ -64,6 +64,7 @@ def test_the_wheel_holds_all_that_is_needed_and_nothing_else(wheel: Path) -> Non
     needed = {
         "launch/py.typed",
         "launch/engine/loop.py",
+        *(f"launch/report/page.{kind}" for kind in ("py", "css", "js")),
         "recipes/causal_lm.py",
         "recipes/causal_lm.yaml",
         *(f"launch/_assets/{path.relative_to(ROOT)}" for path in ROOT.glob("accelerate_configs/*.yaml")),

@@ -14,7 +14,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from launch.cache import Cache
 from launch.errors import ConfigError
-from launch.recipe import RecipeContext
+from launch.recipe import RecipeContext, Width
 from recipes.causal_lm import Args, collate, count, loss, prepare, preview
 from recipes.packing import IGNORED, best_fit, check_isolation, windows
 from tests import tiny
@@ -132,7 +132,7 @@ def test_a_packed_document_gets_the_logits_it_gets_alone(model: Any, attention: 
     live.set_attn_implementation(attention)
     first, second, third = [sample for sample in tiny.sequences(20) if 1 < len(sample) < 16][:3]
     rows = [blocks_of(first, second), blocks_of(third)]
-    batch = collate(rows, multiple=8)
+    batch = collate(rows, Width(8))
     assert "attention_mask" in batch, "there is padding"
     with torch.no_grad():
         logits = live(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits

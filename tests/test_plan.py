@@ -36,6 +36,8 @@ RUN_FOLDER = Path("/runs/one")
 
 CPU = Machine(host="box", cores=8, gpus=0)
 GPUS = Machine(host="box", cores=32, gpus=4)
+TPUS = Machine(host="box", cores=96, gpus=0, tpus=8, tpu_name="TPU v5e")
+XLA_ON_CPU = Machine(host="box", cores=8, gpus=0, xla_on_cpu=1)
 MAC = Machine(host="box", cores=8, gpus=0, mps=True)
 
 
@@ -69,6 +71,12 @@ CASES = {
         preview=Preview(samples=1001, tokens_per_sample=1024),
     ),
     "one-of-four-gpus": Case(("parallel.devices=1", "train.max_steps=5"), machine=GPUS),
+    "eight-tpu-devices": Case(
+        ("train.precision=bf16", "train.global_batch_size=64", "train.micro_batch_size=4", "train.max_steps=10"),
+        machine=TPUS,
+        preview=Preview(samples=1001, tokens_per_sample=128),
+    ),
+    "xla-on-the-cpu": Case(("parallel.strategy=xla", "parallel.devices=2", "train.max_steps=5"), machine=XLA_ON_CPU),
     "one-mac": Case(("train.max_steps=5", "train.schedule=constant"), machine=MAC),
     "epochs-of-known-samples": Case(
         ("train.epochs=2.5", "train.warmup_steps=7", "train.global_batch_size=10"),

@@ -21,7 +21,7 @@ from launch.engine.inference import Inference
 from launch.engine.precision import Autocast
 from launch.engine.scoring import Evaluation
 from launch.errors import LaunchError
-from launch.recipe import Prepared, RecipeContext
+from launch.recipe import Prepared, RecipeContext, Width
 from recipes.answers import Answer, Answers, best_thresholds, join
 from recipes.metrics.squad import score
 from recipes.question_answering import Args, best_spans, collate, count, loss, metric_names, prepare, preview
@@ -280,11 +280,11 @@ def test_loss_is_that_of_windows_one_by_one_whatever_they_are_padded_with(prepar
     assert loss(model, {**batch, **padded}).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_padding_goes_to_a_multiple_but_not_over_the_model(tmp_path: Path) -> None:
+def test_padding_goes_to_a_multiple_but_not_over_the_model() -> None:
     samples = [{"input_ids": [2] * size, "start_positions": 0, "end_positions": 0} for size in (3, 9)]
-    args = arguments(tmp_path)
-    assert collate(samples[:1], word_tokenizer(), args)["input_ids"].shape == (1, 8)
-    assert collate(samples, word_tokenizer(), args)["input_ids"].shape == (2, 12)
+    width = Width(8, 12)
+    assert collate(samples[:1], word_tokenizer(), width)["input_ids"].shape == (1, 8)
+    assert collate(samples, word_tokenizer(), width)["input_ids"].shape == (2, 12)
 
 
 # --- answers -------------------------------------------------------------------------------------------------

@@ -53,18 +53,23 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         said[command] = done.stdout
     by_verb = {" ".join(command.split()[:2]): output for command, output in said.items()}
-    assert len(said) == 15 and set(by_verb) == {
+    assert len(said) == 19 and set(by_verb) == {
         *("shoal plan", "shoal prepare", "shoal run", "shoal parity", "shoal generate", "shoal recipes"),
         *("shoal checkpoints", "shoal export", "shoal tokenize", "shoal eval", "accelerate launch"),
+        *("shoal runs", "shoal report", "shoal push"),
     }
-    assert by_verb["shoal parity"].count(" same ") == 2
+    assert len(re.findall(" same$", by_verb["shoal parity"], re.MULTILINE)) == 2
     assert "training samples: " in by_verb["shoal prepare"]
     assert "micro-batch 8 × accumulation 1 × 2 processes" in by_verb["shoal plan"]
     assert "training labels: " in said["shoal plan recipes/text_classification.yaml --data"]
     assert re.search(r"^perplexity: [\d,.]+$", by_verb["shoal eval"], re.MULTILINE)
     assert by_verb["shoal generate"].startswith("The value of")
+    assert re.search(r"runs/second +finished +20 of 20 +loss +\d", said["shoal runs"])
+    assert re.search(r"parallel\.devices +auto +2", by_verb["shoal runs"]), "the settings in which two runs differ"
+    assert by_verb["shoal report"] == "runs/report.html\n" and (tmp_path / "runs/report.html").is_file()
     assert re.findall(r"step-0000[12]0 .* good", by_verb["shoal checkpoints"])
     assert "tensors load as stored" in by_verb["shoal export"] and (tmp_path / "runs/model/config.json").is_file()
+    assert by_verb["shoal push"].splitlines()[-1].startswith("would go to your-name/your-model: ")
     assert "recipe_args.block_size" in said["shoal recipes show causal_lm"]
     assert (tmp_path / "my_recipe.yaml").is_file() and "run it: shoal run my_recipe.yaml" in by_verb["shoal recipes"]
     assert "decoded: 'The value of'" in by_verb["shoal tokenize"]
@@ -84,7 +89,8 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
     only_sometimes = {
         *("checkpoints/step-*/", "stopped.json", "failure.json", "failure-N.json", "attempts/N/", "deepspeed.json"),
         *("metrics-discarded.jsonl", "adapter/"),
-        *("job.sbatch", "slurm-N.log", "submitted.json", "slurm.json"),
+        *("job.sbatch", "slurm-N.log", "submitted.json", "slurm.json", "profile/rank-N.json.gz", "profile/rank-N.txt"),
+        *("wandb.json", "wandb/", "tensorboard/", "mlflow.json", "trackio.json"),
     }
     for name in told_names - only_sometimes:
         for placeholder, real in patterns.items():

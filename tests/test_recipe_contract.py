@@ -14,9 +14,12 @@ import yaml
 from launch.assets import recipes_folder
 from launch.cache import Cache
 from launch.config import load
-from launch.engine.batching import Loader
+from launch.engine.batching import Loader, MicroBatch
+from launch.engine.devices import Filled
 from launch.engine.export import logits_of
 from launch.engine.inference import Inference
+from launch.engine.keeping import _fingerprint
+from launch.engine.loss import count_batch
 from launch.engine.precision import Autocast
 from launch.engine.preflight import look, preview
 from launch.engine.scoring import Evaluation
@@ -97,6 +100,46 @@ def test_the_model_needs_no_targets_and_reloads(recipe: tuple[str, Prepared, Any
         got = logits_of(type(model).from_pretrained(tmp_path).eval()(**inputs))
     assert expected and expected.keys() == got.keys()
     assert all(torch.allclose(got[name], value, atol=1e-5) for name, value in expected.items())
+
+
+def trained_by(loss: torch.Tensor, model: Any) -> list[torch.Tensor]:
+    """The weights that a loss depends on."""
+    found = torch.autograd.grad(loss, [*model.parameters()], retain_graph=True, allow_unused=True)
+    return [weight for weight, grad in zip(model.parameters(), found, strict=True) if grad is not None]
+
+
+def test_rows_without_targets_add_nothing_to_loss_and_count(recipe: tuple[str, Prepared, Any]) -> None:
+    """They fill up a short batch where each shape is compiled for."""
+    _, prepared, model = recipe
+    samples = [prepared.validation[position] for position in range(2)]  # type: ignore[index]
+    filled = Filled(prepared, 5)(samples)
+    assert all(len(value) == 5 for value in filled.values())
+    one, other = prepared.loss(model, prepared.collate(samples)), prepared.loss(model, filled)
+    assert other.item() == pytest.approx(one.item(), rel=1e-5)
+    pairs = zip(*(torch.autograd.grad(given, trained_by(given, model)) for given in (one, other)), strict=True)
+    assert all(torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in pairs)
+    cell = MicroBatch((0, 1))
+    assert count_batch(cell, filled, prepared.count) == count_batch(cell, prepared.collate(samples), prepared.count)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_batches_have_few_shapes_where_each_is_compiled_for(name: str, cache: Path) -> None:
+    """The short batch at the end too; no sample is cut, and each keeps its tokens."""
+    recipe = load_recipe(load(recipes_folder() / f"{name}.yaml", []))
+    buckets = 3
+    few = recipe.prepare(RecipeContext(Cache(cache), 0, buckets=buckets))
+    plain = recipe.prepare(RecipeContext(Cache(cache), 0))
+    assert _fingerprint(few) == _fingerprint(plain), "checkpoints go on on any device"
+    for data in (few.train, few.validation):
+        samples = first_samples(data, 101)
+        shapes = set()
+        for start in range(0, len(samples), 4):
+            taken = samples[start : start + 4]
+            batch = Filled(few, 4)(taken)
+            shapes.add(tuple((key, tuple(value.shape)) for key, value in sorted(batch.items())))
+            cell, as_ever = MicroBatch((0,) * len(taken)), plain.collate(taken)
+            assert count_batch(cell, batch, few.count) == count_batch(cell, as_ever, plain.count)
+        assert len(shapes) <= buckets, shapes
 
 
 def test_texts_come_back_and_are_shown(recipe: tuple[str, Prepared, Any]) -> None:

@@ -163,10 +163,14 @@ def test_the_last_words_of_a_run() -> None:
     ]
     del result["validation"]["before"]
     result |= {"export": "/runs/one/export", "sample": "The end"}
+    result["seconds"] = {"data": 3.0, "compute": 96.6, "sync": 0.4, "save": 0.0}
+    result |= {"peak_memory": [3 * 10**9, 4 * 10**9], "planned_memory": 3900 * 10**6}
     assert summary(result).splitlines() == [
         "validation loss: 5.0000",
         "validation perplexity: 148.4130",
         "sample: 'The end'",
         "model: /runs/one/export (reloaded and checked)",
+        "time: compute 97 %, data 3 %",
+        "memory: 4.0 GB for the fullest process at its peak; planned 3.9 GB",
         "run folder: /runs/one",
     ]

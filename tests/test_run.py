@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from tests.commands import ROOT, python
@@ -54,12 +56,21 @@ def test_one_process_two_processes_and_accelerate_launch_agree(tmp_path: Path, c
     assert sorted(path.name for path in (one / "checkpoints").iterdir()) == ["step-000006"]
     result = json.loads((one / "result.json").read_text())
     assert result["difference"] <= 1e-5
+    assert ModelCard.load(one / "export/README.md").data.metrics == ["perplexity"]
+    assert result["seconds"]["evaluate"] > 0, "before and after training, though not within"
     assert result["validation"]["after"]["perplexity"] < result["validation"]["before"]["perplexity"]
 
-    run = command(cache, "run", "causal_lm", *SHORT, "parallel.devices=2", "--json", "--out", str(two))
+    traced = ("--profile", "2", "track.profile_ranks=[1]")
+    run = command(cache, "run", "causal_lm", *SHORT, "parallel.devices=2", *traced, "--json", "--out", str(two))
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["updates"] == 6
+    assert run.stderr == "" and "training 6/6" in (two / "logs/launcher.log").read_text(), "it is quiet"
     assert_same_numbers(one, two)
+    assert sorted(path.name for path in (two / "profile").iterdir()) == ["rank-1.json.gz", "rank-1.txt"]
+    trace = json.loads(gzip.decompress((two / "profile/rank-1.json.gz").read_bytes()))
+    steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep#")}
+    assert steps == {"ProfilerStep#3", "ProfilerStep#4"}, "the fourth and fifth update"
+    assert "DistributedDataParallel.forward" in (two / "profile/rank-1.txt").read_text()
 
     config = str(ROOT / "accelerate_configs/ddp.yaml")
     run = command(

@@ -29,8 +29,9 @@ from transformers import (
 
 from launch.cache import Cache
 from launch.errors import ConfigError, DataError
-from launch.recipe import Prepared, RecipeContext
+from launch.recipe import Prepared, RecipeContext, Width
 from recipes import translation
+from recipes.text_pairs import Collate
 from tests.gloo import run_ranks
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -149,11 +150,22 @@ def test_loss_is_that_of_one_sample_at_a_time(context: RecipeContext, model_fold
         expected -= float((1 - smoothing) * of_target + smoothing * log.mean(-1).sum())
         targets += len(sample["labels"])
     for multiple, size in ((1, 3), (8, len(ROWS))):
-        collate = type(prepared.collate)(PAD, PAD, multiple)
+        collate = type(prepared.collate)(PAD, PAD, Width(multiple), Width(multiple))
         batches = [collate(list(prepared.train)[first : first + size]) for first in range(0, len(ROWS), size)]
         assert sum(map(prepared.count, batches)) == targets
         with torch.no_grad():
             assert sum(float(prepared.loss(model, batch)) for batch in batches) == pytest.approx(expected, rel=1e-5)
+
+
+def test_source_and_target_share_the_number_of_their_width() -> None:
+    """Else there would be as many shapes as pairs of widths."""
+    collate = Collate(PAD, PAD, Width(8, 64, 3), Width(8, 32, 3))
+    sizes = [(source, target) for source in (4, 20, 60) for target in (3, 12, 30)]
+    batches = [collate([{"input_ids": [5] * source, "labels": [6] * target}]) for source, target in sizes]
+    shapes = {tuple(batch[name].shape[1] for name in ("input_ids", "labels")) for batch in batches}
+    assert shapes == {(16, 8), (32, 16), (64, 32)}
+    for batch, (source, target) in zip(batches, sizes, strict=True):
+        assert batch["attention_mask"].sum() == source and (batch["labels"] == 6).sum() == target
 
 
 # --- generated texts ---------------------------------------------------------------------------------------

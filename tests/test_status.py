@@ -60,6 +60,23 @@ def test_a_run_that_works_here(run: Callable[..., Path]) -> None:
     assert found.seconds_left == pytest.approx(180)
 
 
+def test_a_rank_that_keeps_the_others_waiting_is_told_while_it_does(run: Callable[..., Path]) -> None:
+    folder = run(done=40)
+
+    def told(**record: Any) -> str:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write("\n" + json.dumps({"update": 40, "time": 1.0, **record}))
+        with held(folder):
+            return only(folder).progress
+
+    slow = "rank 3 (n2) keeps the others waiting: data 0.4 s per update, others 0.01 s; it costs 40 % of the time"
+    assert told(kind="straggler", rank=3, message=slow).endswith(f", about 3 min left, {slow}")
+    assert "waiting" not in told(kind="straggler", message="rank 3 (n2) no longer keeps the others waiting")
+    assert told(kind="straggler", rank=3, message=slow).endswith(slow)
+    assert "waiting" not in only(folder).progress, "nobody works on it"
+    assert "waiting" not in told(kind="resume", checkpoint="step-000040"), "it may be another host now"
+
+
 def test_how_runs_end(run: Callable[..., Path]) -> None:
     stopped = run("stopped", 7)
     write_json(stopped / "stopped.json", {"signal": "SIGUSR1", "update": 7, "checkpoint": None})
@@ -70,6 +87,8 @@ def test_how_runs_end(run: Callable[..., Path]) -> None:
         write_json(failed / f"failure-{rank}.json", content)
     known = run("known", 7)
     write_cause(known, Cause(1, "rank 1 (n1) was killed by SIGKILL\nafter update 7"))
+    evaluated = run("evaluated")
+    write_json(evaluated / "result.json", {"metrics": {"loss": 4.5, "perplexity": 90.0171}})
     finished = run("finished", 100)
     write_json(finished / "result.json", {"summary": "validation loss: 5 → 4\nmodel: there"})
     found = {Path(each.run).name: (each.state, each.because) for each in everything(failed.parent)}
@@ -78,6 +97,7 @@ def test_how_runs_end(run: Callable[..., Path]) -> None:
         "failed": ("failed", "rank 3 (n2): ValueError: no"),
         "known": ("failed", "rank 1 (n1) was killed by SIGKILL"),
         "finished": ("finished", "validation loss: 5 → 4"),
+        "evaluated": ("finished", "loss: 4.5000, perplexity: 90.0171"),
     }
 
 

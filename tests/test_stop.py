@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.errors import EXIT_CODES
-from launch.stop import SIGNALS, STOPPED, StopRequest, StopSignal, exit_code, ignore_signals, write_stopped
+from launch.stop import SIGNALS, STOPPED, StopRequest, StopSignal, exit_code, ignore_signals, uncovered, write_stopped
 from tests.commands import ROOT
 
 
@@ -53,6 +53,33 @@ except StopSignal as stopped:
     print(stopped, stopped.number == stop.number == {number})
 """
     assert said_by(program) == f"{'Ctrl-C' if number == signal.SIGINT else number.name} True"
+
+
+@pytest.mark.parametrize("wrapped", ["raise ImportError from stopped", "raise ImportError from None", "1 / 0"])
+def test_a_signal_that_a_library_reports_as_an_error_of_its_own_is_still_that_signal(wrapped: str) -> None:
+    program = f"""
+try:
+    with uncovered():
+        try:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            except StopSignal as stopped:
+                {wrapped}
+        except Exception as error:
+            raise ValueError("wrapped again") from error
+except StopSignal as stopped:
+    print(stopped, stopped.number == stop.number)
+"""
+    assert said_by(program) == "SIGTERM True"
+
+
+def test_an_error_that_no_signal_is_behind_stays_as_it_is() -> None:
+    first, second = ValueError("first"), KeyError("second")
+    second.__cause__ = first
+    with pytest.raises(KeyError) as raised, uncovered():
+        raise second
+    assert raised.value is second and second.__cause__ is first
 
 
 def test_during_training_the_first_signal_is_remembered_and_nothing_else_happens() -> None:

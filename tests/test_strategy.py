@@ -41,6 +41,7 @@ def test_what_a_strategy_is_made_of() -> None:
         "zero3": ("zero", 3, False, True),
         "zero2_offload": ("zero", 2, True, True),
         "zero3_offload": ("zero", 3, True, True),
+        "xla": ("xla", 0, False, False),
     }
     assert strategy_with_offload(3, "cpu", "cpu") is Strategy.ZERO3_OFFLOAD
     assert strategy_with_offload(3, "cpu", "none") is None
@@ -65,7 +66,8 @@ def test_mixed_precision_keeps_sums_and_weights_in_fp32(strategy: Strategy) -> N
 
 
 def test_there_is_a_file_for_each_strategy() -> None:
-    assert {path.stem for path in CONFIGS} == {*map(str, Strategy), "cpu"}
+    strategies = {*map(str, Strategy)} - {"xla"}
+    assert {path.stem for path in CONFIGS} == {*strategies, "cpu", "tpu"}
 
 
 def environment_of(path: Path) -> dict[str, str]:
@@ -83,7 +85,7 @@ def environment_of(path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_accepts_the_file_and_the_worker_finds_its_strategy(path: Path) -> None:
     found = read_world({**environment_of(path), **RANK}).strategy
-    assert found == (None if path.stem in ("cpu", "single", "ddp") else path.stem)
+    assert found == (None if path.stem in ("cpu", "single", "ddp", "tpu") else path.stem)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

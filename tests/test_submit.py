@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.cluster import asked_for
+from launch.config import load
 from launch.errors import ConfigError, LaunchError, TopologyError
 from launch.plan import Plan
 from launch.sbatch import Submission
@@ -163,3 +165,10 @@ def test_what_the_scheduler_says_of_jobs() -> None:
     assert (second.id, second.state, second.reason, second.nodes) == ("13_1", "RUNNING", "", "n[1-2]")
     assert third.id == "13_2-5%1" and elements("2-5%1") == [2, 3, 4, 5]
     assert elements("[1,4-6%2]") == [1, 4, 5, 6]
+
+
+def test_a_kind_of_gpu_that_is_known_by_name_gives_the_plan_its_memory() -> None:
+    stated = ["recipe=causal_lm", "parallel.device=cuda", "parallel.devices=2"]
+    known, other = (asked_for(load(None, [*stated, f"cluster.gpu_type={kind}"])) for kind in ("h100", "ourgpu"))
+    assert (known[0].gpu_name, known[0].gpu_memory_bytes) == ("H100-80GB", 80 * 10**9)
+    assert (other[0].gpu_name, other[0].gpu_memory_bytes) == ("", 0)

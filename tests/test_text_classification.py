@@ -182,7 +182,13 @@ def test_loss_of_a_batch_is_that_of_its_samples_alone(
     batch = prepared.collate(samples)
     assert float(loss(model, batch).detach()) == pytest.approx(total, rel=1e-5)
     assert count(batch) == (14 if several else 7)
+    assert prepared.without_targets is not None
+    filled = prepared.collate([*samples, prepared.without_targets(samples[-1])])
+    assert float(loss(model, filled).detach()) == pytest.approx(total, rel=1e-5)
     assert batch["input_ids"].shape[1] % 8 == 0
+    assert prepared.without_targets is not None
+    filled = prepared.collate([*samples, prepared.without_targets(samples[-1])])
+    assert float(loss(model, filled).detach()) == pytest.approx(total, rel=1e-5), "it adds nothing"
     wider = prepared.collate([*samples, {**samples[0], "input_ids": samples[0]["input_ids"] * 5}])
     alone, padded = (model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits for b in (batch, wider))
     assert wider["input_ids"].shape[1] > batch["input_ids"].shape[1]

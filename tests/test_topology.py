@@ -10,7 +10,6 @@ import pytest
 from launch.errors import TopologyError
 from launch.topology import (
     World,
-    _count_gpus,
     cache_folder,
     hub_is_off,
     is_supervised,
@@ -101,57 +100,6 @@ def test_a_world_that_cannot_be_is_refused(environ: dict[str, str]) -> None:
 
 
 # --- the machine -----------------------------------------------------------------------------------------
-
-
-def root_with(folder: Path, *, driver: int = 0, nodes: tuple[str, ...] = ()) -> Path:
-    for number in range(driver):
-        (folder / "proc/driver/nvidia/gpus" / f"0000:{number:02x}:00.0").mkdir(parents=True)
-    (folder / "dev").mkdir()
-    for name in nodes:
-        (folder / "dev" / name).touch()
-    return folder
-
-
-def test_gpus_are_counted_from_the_driver_else_from_the_device_files(tmp_path: Path) -> None:
-    assert _count_gpus({}, tmp_path / "nothing") == 0
-    (tmp_path / "a").mkdir()
-    assert _count_gpus({}, root_with(tmp_path / "a", driver=8)) == 8
-    (tmp_path / "b").mkdir()
-    others = ("nvidiactl", "nvidia-uvm", "nvidia-modeset", "nvidia-caps")
-    assert _count_gpus({}, root_with(tmp_path / "b", nodes=("nvidia0", "nvidia1", "nvidia10", *others))) == 3
-    (tmp_path / "c").mkdir()
-    assert _count_gpus({}, root_with(tmp_path / "c", driver=2, nodes=("nvidia0", *others))) == 2
-
-
-@pytest.mark.parametrize(
-    ("visible", "count"),
-    [
-        ("0,1,2,3", 4),
-        ("0", 1),
-        ("3", 1),
-        ("2,0", 2),
-        (" 1 , 2 ", 2),
-        ("", 0),
-        ("-1", 0),
-        ("0,-1,1", 1),
-        ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,GPU-1932f937-d72c-4106-c12f-20bd9faed9f6", 2),
-        ("MIG-3eb87630-93d5-b2b6-b8ff-9b359caf4ee2", 1),
-        # CUDA ignores everything from the first invalid name on.
-        ("0,1,2,3,4,5", 4),
-        ("0,9", 1),
-        ("9,0", 0),
-        ("0,,1", 1),
-        ("NoDevFiles", 0),  # what SLURM sets for a job without GPUs
-        ("none", 0),
-    ],
-)
-def test_cuda_visible_devices_narrows_the_count(visible: str, count: int, tmp_path: Path) -> None:
-    root = root_with(tmp_path, driver=4)
-    assert _count_gpus({"CUDA_VISIBLE_DEVICES": visible}, root) == count
-
-
-def test_cuda_visible_devices_makes_no_gpu(tmp_path: Path) -> None:
-    assert _count_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}, root_with(tmp_path)) == 0
 
 
 def test_this_machine() -> None:

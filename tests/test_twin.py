@@ -94,7 +94,7 @@ def test_a_mapping_is_flattened_to_dotted_keys() -> None:
             {"devices": 4, "nodes": 2},
             HERE,
             4,
-            World(size=8, local_size=4, launched=True),
+            World(size=8, local_size=4, launched=True, to_be=True),
             "each of 2 nodes with 4 GPUs (parallel.devices), otherwise as this one",
         ),
         ({"device": "cpu", "devices": 2}, HERE, 0, World(), "this machine's cpu"),
@@ -120,13 +120,21 @@ def test_what_only_a_gpu_can_do_and_a_strategy_left_open_are_stated_for_the_twin
     assert changes(config, run, 1)[-1] == "parallel.strategy=ddp"
 
 
-@pytest.mark.parametrize("strategy", [each for each in Strategy if each is not Strategy.SINGLE])
+@pytest.mark.parametrize("strategy", [each for each in Strategy if each not in (Strategy.SINGLE, Strategy.XLA)])
 def test_the_twin_has_the_strategy_of_the_run(strategy: Strategy, run_file: str, tmp_path: Path) -> None:
     twin = decide_twin(run_file, [f"parallel.strategy={strategy}", "parallel.devices=8"], tmp_path / "run", 2)
     processes = twin.decided.plan.processes
     assert (processes.strategy, processes.device, processes.world_size) == (strategy, "cpu", 2)
     assert twin.lines[0] == f"CPU twin of this run, strategy {strategy}"
     assert by_key(twin.lines[3:])["processes.world_size"] == "8 → 2"
+
+
+def test_the_twin_of_a_run_on_tpus_is_one_process(run_file: str, tmp_path: Path) -> None:
+    twin = decide_twin(run_file, ["parallel.strategy=xla", "parallel.devices=8"], tmp_path / "run", 1)
+    processes, batch = twin.decided.plan.processes, twin.decided.plan.batch
+    assert (processes.strategy, processes.device, batch.accumulation) == ("single", "cpu", 1)
+    told = by_key(twin.lines[3:])
+    assert (told["processes.devices"], told["processes.device"]) == ("8 → 1", "xla → cpu")
 
 
 def test_half_precision_which_only_a_gpu_has_becomes_fp32_and_that_is_told(run_file: str) -> None:
@@ -167,6 +175,12 @@ def test_a_run_that_cannot_be_planned_is_told_so_and_its_twin_goes_on(run_file: 
             1,
             "command line: --debug-cpu 1: this run's strategy is zero1, and one process has nothing to shard over; use "
             "--debug-cpu 2 or more",
+        ),
+        (
+            ["parallel.strategy=xla"],
+            2,
+            "command line: --debug-cpu 2: this run is one process (strategy xla), and so is its twin; use "
+            "--debug-cpu 1",
         ),
         (["train.max_step=1"], 2, "command line: train.max_step = 1: unknown key; did you mean train.max_steps?"),
     ],

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import socket
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from launch.engine.batching import Window
-from launch.errors import LaunchError, NonFiniteError
+from launch.errors import LaunchError
 
 Value = TypeVar("Value")
 
@@ -35,51 +33,10 @@ class Requests:
 NONE = Requests()
 
 
-def raise_if_loss_is_not_finite(accelerator: Accelerator, window: Window, local: torch.Tensor, total: float) -> None:
-    """Stop all ranks, before the weights are touched, when the loss of an update is not a finite number.
-
-    `local`, shape `(micro_batches,)`, holds this rank's summed losses; `total` is the same on every rank, so either
-    all raise or none. Every rank must call this.
-
-    Raises:
-        NonFiniteError: names the rank, host and sample indices that reproduce it.
-    """
-    if math.isfinite(total):
-        return
-    bad = [
-        f"rank {accelerator.process_index} ({socket.gethostname()}) samples {list(micro_batch.samples)}"
-        for micro_batch, value in zip(window.micro_batches, local.tolist(), strict=True)
-        if not math.isfinite(value) and not micro_batch.filler
-    ]
-    found = "; ".join(line for line in gather_object(bad) if line)
-    raise _not_finite(window, f"loss is {total}: {found or _samples_of(window)}")
-
-
-def raise_if_norm_is_not_finite(window: Window, norm: float) -> None:
-    """The same for the gradient: `norm` is the global one, the same on every rank.
-
-    Raises:
-        NonFiniteError: names the window of samples.
-    """
-    if not math.isfinite(norm):
-        raise _not_finite(window, f"gradient norm is {norm} although the loss is finite: {_samples_of(window)}")
-
-
-def _samples_of(window: Window) -> str:
-    return f"samples of epoch {window.epoch} up to {window.consumed}"
-
-
-def _not_finite(window: Window, what: str) -> NonFiniteError:
-    return NonFiniteError(
-        f"update {window.update}: {what}; the weights are those of update {window.update - 1}; "
-        "try a lower train.learning_rate, a lower train.max_grad_norm or train.precision=fp32"
-    )
-
-
 def raise_together(accelerator: Accelerator, error: LaunchError | None) -> None:
     """If any rank brings an error, raise the one of the lowest such rank everywhere. Every rank must call this."""
     own = None if error is None else (accelerator.process_index, socket.gethostname(), str(error), type(error))
-    errors = [entry for entry in gather_object([own]) if entry is not None]
+    errors = [entry for entry in gathered([own]) if entry is not None]
     if not errors:
         return
     rank, host, message, kind = errors[0]
@@ -96,9 +53,24 @@ def from_main(accelerator: Accelerator, value: Value | None) -> Value:
     return holder[0]
 
 
+def summed(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks. Every rank must call this."""
+    if accelerator.num_processes == 1:
+        return tensor
+    total: torch.Tensor = accelerator.reduce(tensor, "sum")
+    return total
+
+
+def gathered(values: list[Value]) -> list[Value]:
+    """What all ranks bring, in their order. Every rank must call this."""
+    if PartialState().num_processes == 1:
+        return values  # Accelerate 1.15 refuses to gather objects with XLA
+    together: list[Value] = gather_object(values)
+    return together
+
+
 def any_rank(accelerator: Accelerator, local: bool) -> bool:
     """Whether it is true of any rank. Every rank must call this."""
     if accelerator.num_processes == 1:
         return local
-    flag = torch.tensor([int(local)], device=accelerator.device)
-    return bool(accelerator.reduce(flag, "sum").item())
+    return bool(summed(accelerator, torch.tensor([int(local)], device=accelerator.device)).item())

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from launch.checkpoints import (
     STATE,
@@ -35,10 +34,11 @@ from launch.checkpoints import (
     listed,
     publish,
     shard_name,
+    update_of,
     write_file,
 )
 from launch.disk import size_in_words
-from launch.engine.agree import from_main
+from launch.engine.agree import from_main, gathered
 from launch.engine.pieces import Piece
 from launch.engine.shards import Part, parts, write_shard
 
@@ -80,6 +80,8 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._buffers: dict[str, torch.Tensor] = {}
         self._save: _Save | None = None
+        self.own_seconds = 0.0
+        """What this rank has spent on saves so far, but for waiting for the others."""
         if accelerator.is_main_process:
             clean(run)
         accelerator.wait_for_everyone()
@@ -104,16 +106,18 @@ class Checkpointer:
         began = time.perf_counter()
         rank, world_size = self._accelerator.process_index, self._accelerator.num_processes
         written = list(parts(held, rank, world_size))
-        wanted = sum(gather_object([sum(flat.numel() * flat.element_size() for _, flat in written)]))
+        wanted = sum(gathered([sum(flat.numel() * flat.element_size() for _, flat in written)]))
         free = from_main(self._accelerator, self._free())
         if wanted > free:
             problem = f"{self._run} has {size_in_words(free)} free, and the checkpoint takes {size_in_words(wanted)}"
             return Saved(update, None, problem, 0.0, 0.0)
+        alone = time.perf_counter()
         if self._asynchronous:
             written = self._copies(written)
         self._save = _Save(aside_folder(self._run, update), update, began)
         files = {**self._files, STATE: json.dumps(state, indent=1).encode()} if rank == 0 else {}
         self._save.start(shard_name(rank, world_size), written, files, background=self._asynchronous)
+        self.own_seconds += time.perf_counter() - alone
         self._save.stall_seconds = time.perf_counter() - began
         return None
 
@@ -146,13 +150,16 @@ class Checkpointer:
         assert save is not None, "a save has begun"
         began = time.perf_counter()
         save.wait()
-        reports = gather_object([(save.records, save.problem)])
+        self.own_seconds += time.perf_counter() - began
+        reports = gathered([(save.records, save.problem)])
         problems = [problem for _, problem in reports if problem]
         if self._accelerator.is_main_process:
+            alone = time.perf_counter()
             if not problems:
                 problems = self._publish(save, [records for records, _ in reports])
             if problems:
                 shutil.rmtree(save.aside, ignore_errors=True)
+            self.own_seconds += time.perf_counter() - alone
         problems = from_main(self._accelerator, problems)
         now = time.perf_counter()
         folder = None if problems else checkpoint_folder(self._run, save.update)
@@ -217,14 +224,15 @@ def _told(accelerator: Accelerator, error: OSError) -> str:
     return f"rank {accelerator.process_index} ({socket.gethostname()}): {error.strerror or error}"
 
 
-def find(accelerator: Accelerator, run: Path, say: Callable[[str], None]) -> Path | None:
+def find(accelerator: Accelerator, run: Path, say: Callable[[str], None], every: int = 1) -> Path | None:
     """The newest checkpoint of a run that is exactly as it was written, or None where there is none. Collective.
 
-    The ranks share out the files to be read. Those that are skipped are named, with the reason, and disowned.
+    Of all, or of those after each `every`-th update. The ranks share out the files to be read. Those that are skipped
+    are named, with the reason, and disowned.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    for folder in from_main(accelerator, listed(run)):
-        found = gather_object([damage(folder, rank, world_size)])
+    for folder in from_main(accelerator, [folder for folder in listed(run) if update_of(folder) % every == 0]):
+        found = gathered([damage(folder, rank, world_size)])
         reasons = [reason for reason in found if reason]
         if not reasons:
             return Path(folder)

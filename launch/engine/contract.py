@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from launch.engine.agree import raise_together
+from launch.engine.devices import on_host
 from launch.engine.randomness import random_states, restore_random_states
 from launch.engine.streams import first_samples
 from launch.errors import ConfigError
@@ -60,8 +61,8 @@ def check_sums(accelerator: Accelerator, model: torch.nn.Module, prepared: Prepa
     was_training = model.training
     model.eval()
     # Whatever it gives, every rank makes both passes. To compile for two more batch sizes would take minutes.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        given = [float(loss(model, send_to_device(batch, accelerator.device))) for batch in (once, _twice(once))]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), on_host(accelerator, model) as device:
+        given = [float(loss(model, send_to_device(batch, device))) for batch in (once, _twice(once))]
     model.train(was_training)
     raise_together(accelerator, _problem_of_loss(prepared, *given))
 

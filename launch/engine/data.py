@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.engine.batching import Loader
+from launch.engine.batching import Loader, Order, Position, Work
+from launch.engine.devices import collate_of
 from launch.engine.streams import Reader, is_stream
 from launch.plan import Plan
 from launch.recipe import Prepared, Samples, Stream
@@ -16,6 +17,14 @@ class Data:
 
     train: Loader | Reader
     validation: Loader | Reader
+
+    def work(self, plan: Plan, updates: int, done: Position, rank: int, world_size: int) -> Work:
+        """The windows that are left of so many updates, with this rank's batches."""
+        if isinstance(self.train, Reader):
+            return self.train.windows(updates, done.update, done.epoch, done.consumed)
+        samples, seed = len(self.train.samples), plan.config.train.seed
+        order = Order(samples, plan.batch.global_batch_size, plan.rows, seed, rank, world_size)
+        return self.train.load(lambda: order.windows(done.update + 1, updates))
 
     def close(self) -> None:
         """End the data workers."""
@@ -29,14 +38,15 @@ def open_data(plan: Plan, prepared: Prepared, rank: int) -> Data:
 
     def opened(name: str, data: Samples | Stream, window: int, micro: int) -> Loader | Reader:
         workers, pin_memory = config.parallel.data_workers, processes.device == "cuda"
+        collate = collate_of(plan, prepared, micro)
         seed = config.train.seed + 1 + rank  # what a recipe draws while collating differs between ranks, as dropout
         if is_stream(data):
-            world_size, collate = processes.world_size, prepared.collate
+            world_size = processes.world_size
             return Reader(name, data, window, micro, rank, world_size, collate, workers, pin_memory, seed)
-        return Loader(data, prepared.collate, workers, pin_memory, seed)
+        return Loader(data, collate, workers, pin_memory, seed)
 
-    eval_window = batch.eval_batch_size * processes.world_size
+    eval_window = plan.eval_rows * processes.world_size
     return Data(
-        opened("training", prepared.train, batch.global_batch_size, batch.micro_batch_size),
-        opened("validation", prepared.validation, eval_window, batch.eval_batch_size),
+        opened("training", prepared.train, batch.global_batch_size, plan.rows),
+        opened("validation", prepared.validation, eval_window, plan.eval_rows),
     )

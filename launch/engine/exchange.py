@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,14 +14,20 @@ from launch.engine.sharding import serve_store
 
 ROUNDS = 5
 
+TIMEOUT = timedelta(seconds=60)
+"""How long a rank waits for the others, which have met already."""
 
-def measure(size_bytes: int, rank: int, size: int, local_rank: int, listener: socket.socket | None) -> dict[str, Any]:
+
+def measure(
+    size_bytes: int, rank: int, size: int, local_rank: int, local_size: int, listener: socket.socket | None
+) -> dict[str, Any]:
     """Devices, versions, and the exchange; `listener`: on rank 0, what holds the port where they meet."""
     gpus = torch.cuda.device_count()
     found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus}
     if size > 1:
         store = serve_store(listener) if listener else None
-        found |= exchange(size_bytes, rank, size, local_rank if gpus >= size else None)
+        gpu = local_rank if gpus >= local_size else None
+        found |= exchange(size_bytes, rank, size, gpu)
         del store
     return found
 
@@ -32,7 +39,7 @@ def exchange(size_bytes: int, rank: int, size: int, gpu: int | None) -> dict[str
     """
     backend = "gloo" if gpu is None else "nccl"
     device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=TIMEOUT)
     tensor = torch.ones(size_bytes // 4, device=device)
     seconds = []
     for _ in range(ROUNDS):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from launch.engine.agree import raise_together
+from launch.engine.devices import on_host
 from launch.engine.gathering import full_state
 from launch.engine.sharding import tied_names, unwrapped
 from launch.engine.streams import first_samples
@@ -31,6 +32,25 @@ _PREFIX = "base_model.model."
 
 Sums = dict[str, tuple[list[int], float]]
 """Of each weight its shape and the sum of its absolute values, by which a copy is told from the original."""
+
+
+def write_all(
+    accelerator: Accelerator, model: torch.nn.Module, prepared: Prepared, run: Path, build: Callable[[], Any]
+) -> None:
+    """Write export/ of a run, with adapters also adapter/, and what they are checked by. Every rank must call this.
+
+    `build` makes the recipe's model once more.
+
+    Raises:
+        RunFolderError: the disk is full, gone or broken.
+    """
+    if has_adapters(model):
+        from launch.engine.adapters import write_adapted  # needs PEFT
+
+        sums = write_adapted(accelerator, model, prepared.tokenizer, run, build)
+    else:
+        sums = write_model(accelerator, model, prepared.tokenizer, run / "export")
+    write_probe(accelerator, model, prepared, sums, run / "probe.safetensors")
 
 
 def write_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, folder: Path) -> Sums:
@@ -116,8 +136,8 @@ def write_probe(accelerator: Accelerator, model: torch.nn.Module, prepared: Prep
         for name, tensor in batch.items()
         if name not in prepared.targets
     }
-    with torch.no_grad():
-        output = live(**send_to_device(inputs, accelerator.device))
+    with torch.no_grad(), on_host(accelerator, live) as device:
+        output = live(**send_to_device(inputs, device))
     if accelerator.is_main_process:
         tied = [[plain_name(name) for name in group] for group in tied_names(unwrapped(model))]
         told = {"tied": json.dumps(tied), "sums": json.dumps(sums)}

@@ -13,13 +13,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from safetensors import safe_open
-from safetensors.torch import load_file
-
-from launch.engine.export import logits_of, plain_name, sum_of
 from launch.errors import ConfigError
+from launch.imports import importing
+
+with importing():
+    import torch
+    import transformers
+    import transformers.modeling_layers  # that of any model
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from launch.engine.export import logits_of, plain_name, sum_of
 
 TOLERANCE = 1e-5
 """Largest difference of a logit, relative to the largest logit (at least 1)."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 
+from launch.engine.agree import gathered
 from launch.engine.export import has_adapters
 from launch.engine.pieces import Piece
 from launch.errors import DataError
@@ -55,7 +55,7 @@ class Frozen:
         if not self._hashes:
             return {}
         changed = {name for name, value in self._now(held).items() if value != self._sums[name]}
-        elsewhere = set().union(*gather_object([changed]))
+        elsewhere = set().union(*gathered([changed]))
         return {name: value for name, value in self._hashes.items() if name not in elsewhere}
 
     def contradiction(self, folder: Path, state: dict[str, Any]) -> DataError | None:

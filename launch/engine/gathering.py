@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from launch.engine.devices import is_xla
 from launch.engine.sharding import unwrapped
 
 
@@ -23,7 +24,7 @@ def full_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, to
     elif accelerator.distributed_type == DistributedType.FSDP:
         state = dict(accelerator.get_state_dict(model))
     else:
-        state = dict(bare.state_dict())
+        state = _whole_state(accelerator, bare)
     names: dict[int, str] = {}
     for name, parameter in bare.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
@@ -42,9 +43,15 @@ def trained_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str,
         gathered: Any = get_model_state_dict(model, options=options)
         state = dict(gathered)
     else:
-        state = dict(bare.state_dict())
+        state = _whole_state(accelerator, bare)
     frozen = {name for name, value in bare.named_parameters(remove_duplicate=False) if not value.requires_grad}
     return {name: value for name, value in state.items() if name not in frozen}
+
+
+def _whole_state(accelerator: Accelerator, bare: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What each rank has all of; from XLA devices brought over, for what is done with it there would be compiled."""
+    state = dict(bare.state_dict())
+    return {name: value.cpu() for name, value in state.items()} if is_xla(accelerator) else state
 
 
 def _deepspeed_state(bare: torch.nn.Module, *, keep: bool, frozen: bool = True) -> dict[str, torch.Tensor]:

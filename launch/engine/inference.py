@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from torch.distributed.fsdp import FSDPModule
 
+from launch.engine.devices import Devices, on_host
 from launch.engine.sharding import unwrapped
 from launch.errors import ConfigError
 
@@ -23,13 +24,17 @@ class Inference:
         accelerator: Accelerator,
         model: torch.nn.Module,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+        devices: Devices | None = None,
     ) -> None:
         self._accelerator, self._model, self._autocast = accelerator, model, autocast
+        self._devices = devices or Devices()
 
     def __call__(self, **inputs: Any) -> Any:
         """The forward pass, in the planned number format."""
         with self._autocast():
-            return self._model(**inputs)
+            given = self._model(**inputs)
+        self._devices.settle()  # else what is made of it one by one would compute it each time
+        return given
 
     def generate(self, **settings: Any) -> torch.Tensor:
         """Token ids, shape `(batch, seq)`, by `GenerationMixin.generate`.
@@ -43,8 +48,14 @@ class Inference:
         plain: Any = unwrapped(self._model)
         if not plain.can_generate():
             raise ConfigError(f"{type(plain).__name__} cannot generate text; evaluate it without generation")
-        with torch.no_grad(), self._autocast(), _whole_root(plain):
-            ids: torch.Tensor = plain.generate(**settings, synced_gpus=self._shards)
+        with (
+            torch.no_grad(),
+            self._autocast(),
+            _whole_root(plain),
+            on_host(self._accelerator, plain) as device,  # each length of a text is a shape
+        ):
+            inputs = send_to_device(settings, device)
+            ids: torch.Tensor = plain.generate(**inputs, synced_gpus=self._shards)
         return ids
 
     @property

@@ -28,6 +28,7 @@ from launch.disk import size_in_words
 from launch.engine.agree import Requests, any_rank, from_main, raise_together
 from launch.engine.batching import Position
 from launch.engine.checkpoint import Checkpointer, Saved, find
+from launch.engine.devices import fetched
 from launch.engine.frozen import Frozen
 from launch.engine.pieces import Piece, after_loading, pieces, remember
 from launch.engine.randomness import random_states, restore_random_states
@@ -36,7 +37,7 @@ from launch.engine.shards import Stored
 from launch.engine.streams import is_stream
 from launch.engine.tracking import Tracker
 from launch.errors import ConfigError, DataError, LaunchError, RunFolderError
-from launch.recipe import Prepared
+from launch.recipe import Prepared, any_width
 from launch.resume import harmless_changes
 from launch.sections import RunConfig, SaveSection
 from launch.versions import versions
@@ -50,6 +51,11 @@ class Found:
 
     folder: Path
     state: dict[str, Any]
+
+    @property
+    def update(self) -> int:
+        """After which it was made."""
+        return update_of(self.folder)
 
 
 class Keeper:
@@ -66,16 +72,24 @@ class Keeper:
         say: Callable[[str], None],
         signal: Callable[[], int | None],
         frozen: dict[str, str],
+        *,
+        rewinds: bool = False,
     ) -> None:
-        """`frozen` are the hashes of the weights beneath adapters, as the recipe has built them."""
+        """`frozen` are the hashes of the weights beneath adapters, as the recipe has built them.
+
+        `rewinds`: whether the newest checkpoint by `save.every_steps` must stay, because the run may go back to it.
+        """
         self.tracker: Tracker | None = None
         """On rank 0 only."""
         self.failed: list[int] = []
         """Updates after which a save was tried and failed."""
+        self.saves = 0
+        """How often a save has begun or ended."""
         self._accelerator, self._run, self._config, self._say = accelerator, run, save, say
         self._model, self._optimizer, self._signal = model, optimizer, signal
         self._checkpointer = Checkpointer(accelerator, run, files, asynchronous=save.asynchronous)
-        self._frozen = Frozen(frozen, pieces(accelerator, model, optimizer))
+        self._frozen = Frozen(frozen, self._pieces() if frozen else ())
+        self._rewinds = rewinds
         self._losses: dict[int, float] = {}
         self._ranks: dict[int, float] = {}
         self._saved = 0
@@ -110,10 +124,11 @@ class Keeper:
     def save(self, position: Position, state: State, *, wait: bool = True) -> None:
         """Save now; with `wait`, also an asynchronous save is done when this returns."""
         self.finish()
+        self.saves += 1
         self._last_save = time.monotonic()
         if position.update == self._saved:
             return
-        held = [*pieces(self._accelerator, self._model, self._optimizer), *self._random_pieces()]
+        held = [*self._pieces(), *self._random_pieces()]
         frozen = self._frozen.unchanged(held)
         content = {
             **state(),
@@ -131,6 +146,9 @@ class Keeper:
         elif wait or not self._config.asynchronous:
             self.finish()
 
+    def _pieces(self) -> list[Piece]:
+        return fetched(self._accelerator, pieces(self._accelerator, self._model, self._optimizer))
+
     def _random_pieces(self) -> list[Piece]:
         rank = self._accelerator.process_index
         return [
@@ -141,6 +159,7 @@ class Keeper:
     def finish(self) -> None:
         """Wait for the save that has begun, if any."""
         if self._checkpointer.pending:
+            self.saves += 1
             self._report(self._checkpointer.finish())
 
     def _report(self, saved: Saved) -> None:
@@ -155,7 +174,7 @@ class Keeper:
             return
         self._saved = update
         if self._accelerator.is_main_process:
-            prune(self._run, self._config.keep_last, self._best())
+            prune(self._run, self._config.keep_last, [*self._best(), *self._scheduled()])
         if self.tracker:
             folder = str(saved.folder.relative_to(self._run))
             seconds, stall = round(saved.seconds, 3), round(saved.stall_seconds, 3)
@@ -166,6 +185,19 @@ class Keeper:
         saved = [update_of(folder) for folder in listed(self._run)]
         scored = sorted((self._ranks[update], update) for update in saved if update in self._ranks)
         return [update for _, update in scored[: self._config.keep_best]]
+
+    def _scheduled(self) -> list[int]:
+        """The update of the checkpoint that the run may go back to, if there is one."""
+        every = self._config.every_steps
+        if not self._rewinds or every is None:
+            return []
+        whole = (update_of(folder) for folder in listed(self._run) if outer_damage(folder) is None)
+        return [update for update in whole if update % every == 0][:1]
+
+    @property
+    def own_seconds(self) -> float:
+        """What this rank has spent on saves so far, but for waiting for the others."""
+        return self._checkpointer.own_seconds
 
     def refuse_without_space(self, stored: int, optimizer: torch.optim.Optimizer, updates: int) -> None:
         """See, before there is anything to lose, that the disk has room for the checkpoints that will be kept.
@@ -190,7 +222,7 @@ class Keeper:
         there = sum(1 for folder in listed(self._run) if outer_damage(folder) is None)
         planned = updates // config.every_steps if config.every_steps else None
         kept = config.keep_last if planned is None or config.keep_last is None else min(config.keep_last, planned)
-        wanted = ((kept or planned or 1) + config.keep_best + 1 - there) * size
+        wanted = ((kept or planned or 1) + config.keep_best + self._rewinds + 1 - there) * size
         if free < min(size, wanted) or (config.every_steps and planned and free < wanted):
             raise RunFolderError(
                 f"{self._run}: {size_in_words(free)} are free, but checkpoints will take up to "
@@ -222,6 +254,15 @@ class Keeper:
         self._ranks = ranking(state)
         self._saved = state["position"]["update"]
         return Found(folder, state)
+
+    def last_scheduled(self) -> Found | None:
+        """The newest good checkpoint by `save.every_steps`: those made for other reasons must not change the numbers.
+
+        Waits for the one that is being written. Every rank must call this.
+        """
+        self.finish()
+        folder = find(self._accelerator, self._run, self._say, self._config.every_steps or 1)
+        return None if folder is None else Found(folder, read_state(folder))
 
     def restore(self, found: Found) -> Callable[[], bool]:
         """Put weights and optimizer back; then, to be called last, the random states, False where they do not fit.
@@ -271,7 +312,9 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
         return {"samples": None, "sha256": None}
     digest = hashlib.sha256()
     for index in sorted({0, len(train) // 2, len(train) - 1}):
-        for name, values in sorted(prepared.collate([train[index]]).items()):
+        with any_width():
+            batch = prepared.collate([train[index]])
+        for name, values in sorted(batch.items()):
             digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
             digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
     return {"samples": len(train), "sha256": digest.hexdigest()}

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from launch.engine.agree import NONE, Requests, raise_if_loss_is_not_finite, raise_if_norm_is_not_finite
+from launch.engine.agree import NONE, Requests, summed
 from launch.engine.batching import MicroBatch, Window
-from launch.engine.loss import Counts, count_batch, count_over_ranks, precise_dtype, weigh
-from launch.engine.sharding import Updates
+from launch.engine.devices import Devices
+from launch.engine.loss import Counts, count_batch, count_over_ranks, weigh
+from launch.engine.meters import Clock
+from launch.engine.stragglers import Pace
+from launch.engine.updating import Updates
+from launch.engine.watch import Incident, LossWatch, Seen
 from launch.recipe import Batch
 
 
@@ -25,12 +29,18 @@ class StepResult:
     loss: float
     """Mean over all targets of the update."""
     gradient_norm: float
-    """Global L2 norm before clipping."""
+    """Global L2 norm before clipping; NaN where nobody asked for it."""
     counts: Counts
     overflows: int = 0
     """How often the update was repeated because a gradient overflowed in fp16."""
     requests: Requests = NONE
     """How many ranks wanted what when the update began."""
+    incident: Incident | None = None
+    """What was wrong with it."""
+    applied: bool = True
+    """Whether the weights have changed."""
+    told: tuple[int, ...] = ()
+    """What all ranks together have told of their pace."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,13 @@ class Step:
     count: Callable[[Batch], int]
     requests: Callable[[], Requests] = Requests
     """What this rank wants at the moment."""
+    watch: LossWatch = field(default_factory=LossWatch)
+    clock: Clock = field(default_factory=Clock)
+    pace: Pace = field(default_factory=Pace)
+    devices: Devices = field(default_factory=Devices)
 
     def __call__(self, window: Window, batches: list[dict[str, torch.Tensor]]) -> StepResult:
-        """Make one update from this rank's micro-batches. Every rank must call this.
+        """Make one update from this rank's micro-batches, or leave it out as the watch says. Every rank must call this.
 
         An update whose gradient overflows in fp16 is repeated with half the loss scale rather than skipped: no sample
         is lost, and the learning rate stays the one of its update.
@@ -55,35 +69,50 @@ class Step:
             NonFiniteError: on all ranks, before the weights are touched.
         """
         pairs = list(zip(window.micro_batches, batches, strict=True))
-        local_counts = sum((count_batch(*pair, self.count) for pair in pairs), Counts())
-        counts, wanted = count_over_ranks(self.accelerator, local_counts, *astuple(self.requests()))
-        overflows = 0
+        local = [count_batch(*pair, self.count) for pair in pairs]
+        wishes = astuple(self.requests())
+        tells = self.pace.tell(window.update)
+        with self.clock.exchange():
+            counts, others = count_over_ranks(self.accelerator, sum(local, Counts()), *wishes, *tells)
+        wanted, told = Requests(*others[: len(wishes)]), tuple(others[len(wishes) :])
+        rank, overflows, incident, norm = self.accelerator.process_index, 0, None, math.nan
         while True:
-            total = self._forward_and_backward(window, pairs, counts)
-            norm = self.updates.apply()
+            sums, total = self._forward_and_backward(pairs, counts)
+            loss = total / max(counts.targets, 1)
+            seen = Seen(window, sums, [each.targets for each in local], loss, counts.targets, rank)
+            incident = self.watch.judge(seen)
+            if incident and incident.action != "warn":
+                self.updates.discard()
+                break
+            with self.clock.computing():
+                norm = self.updates.apply()
             if math.isfinite(norm) or not self.updates.may_repeat():
+                incident = self.watch.judge_norm(seen, norm) or incident
                 break
             overflows += 1
-        raise_if_norm_is_not_finite(window, norm)
-        return StepResult(total / max(counts.targets, 1), norm, counts, overflows, Requests(*wanted))
+        applied = incident is None or incident.action == "warn"
+        if applied:
+            self.watch.made(seen)
+        return StepResult(loss, norm, counts, overflows, wanted, incident, applied, told)
 
     def _forward_and_backward(
-        self, window: Window, pairs: list[tuple[MicroBatch, dict[str, torch.Tensor]]], counts: Counts
-    ) -> float:
-        """Add up gradients; the summed loss of the update, over all ranks."""
+        self, pairs: list[tuple[MicroBatch, dict[str, torch.Tensor]]], counts: Counts
+    ) -> tuple[list[float], float]:
+        """Add up gradients; the summed loss of each of this rank's micro-batches, and of all of all ranks."""
         sums = []
         for position, (micro_batch, batch) in enumerate(pairs):
             with self.updates.micro_batch(last=position == len(pairs) - 1):
-                on_device = send_to_device(batch, self.accelerator.device, non_blocking=True)
-                summed = self.loss(self.model, on_device)
-                if micro_batch.filler:
-                    summed = summed * 0.0
-                self.updates.backward(weigh(summed, counts, self.accelerator.num_processes))
-            sums.append(summed.detach())
-        local = torch.stack(sums).to(precise_dtype(self.accelerator.device))
-        total = float(self.accelerator.reduce(local.sum(), "sum"))  # host sync
-        raise_if_loss_is_not_finite(self.accelerator, window, local, total)
-        return total
+                with self.clock.forward(gathers=self.updates.gathers):
+                    loss = self.loss(self.model, self.devices.place(self.accelerator, batch))
+                    if micro_batch.filler:
+                        loss = loss * 0.0
+                with self.clock.computing():
+                    self.updates.backward(weigh(loss, counts, self.accelerator.num_processes))
+            sums.append(loss.detach())
+        local = self.devices.precise(sums)
+        with self.clock.exchange():
+            total = float(summed(self.accelerator, local.sum()))  # host sync
+        return local.tolist(), total
 
 
 def fit(
@@ -97,9 +126,17 @@ def fit(
     Every rank must call this.
     """
     step.model.train()
-    for window, batches in work:
+    windows = iter(work)
+    while True:
+        with step.clock.phase("data"):
+            given = next(windows, None)
+        if given is None:
+            return
+        window, batches = given
         set_learning_rate(step.updates.optimizer, learning_rate(window.update))
-        if after_update(window, step(window, batches)):
+        with step.clock.phase("compute"):
+            result = step(window, batches)
+        if after_update(window, result):
             return
 
 
@@ -108,3 +145,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     groups: list[dict[str, Any]] = optimizer.param_groups
     for group in groups:
         group["lr"] = value
+
+
+def settle_buckets(step: Step, batch: Batch) -> None:
+    """Let DDP put its gradients into the groups it will keep. Every rank must call this.
+
+    It regroups them after the first backward pass (torch 2.13, reducer.cpp, `rebuild_buckets`), and three ranks or
+    more add up in another order in other groups: an update after a resumption would differ in its last bits.
+    """
+    step.model.train()
+    (step.loss(step.model, send_to_device(batch, step.accelerator.device)) * 0.0).backward()  # type: ignore[no-untyped-call]
+    step.updates.discard()

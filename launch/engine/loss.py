@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
+from launch.engine.agree import summed
 from launch.engine.batching import MicroBatch
 from launch.recipe import Batch
 
@@ -32,16 +33,21 @@ class Counts:
 
 
 def count_batch(micro_batch: MicroBatch, batch: Batch, count: Callable[[Batch], int]) -> Counts:
-    """The counts of one CPU batch; a filler counts for nothing."""
+    """The counts of one CPU batch; a filler counts for nothing, nor do rows beyond the samples."""
     if micro_batch.filler:
         return Counts()
-    return Counts(len(micro_batch.samples), count(batch), count_tokens(batch))
+    samples = len(micro_batch.samples)
+    if any(tensor.dim() and len(tensor) > samples for tensor in batch.values()):
+        batch = {name: tensor[:samples] if tensor.dim() else tensor for name, tensor in batch.items()}
+    return Counts(samples, count(batch), count_tokens(batch))
 
 
 def count_over_ranks(accelerator: Accelerator, local: Counts, *others: int) -> tuple[Counts, list[int]]:
     """The sums over all ranks of the counts, and of any `others`, in one exchange. Every rank must call this."""
-    numbers = torch.tensor([local.samples, local.targets, local.tokens, *others], device=accelerator.device)
-    samples, targets, tokens, *rest = accelerator.reduce(numbers, "sum").tolist()
+    numbers = [local.samples, local.targets, local.tokens, *others]
+    if accelerator.num_processes > 1:
+        numbers = summed(accelerator, torch.tensor(numbers, device=accelerator.device)).tolist()
+    samples, targets, tokens, *rest = numbers
     return Counts(samples, targets, tokens), rest
 
 

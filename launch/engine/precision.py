@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 
 import torch
 
 from launch.errors import TopologyError
+from launch.recipe import Batch
 from launch.strategy import Dtypes
 
 
@@ -20,7 +21,22 @@ class Autocast:
 
     def __call__(self) -> contextlib.AbstractContextManager[object]:
         """A context that may be entered once."""
-        return torch.autocast(self._device, self._dtype, enabled=self._dtype != torch.float32)
+        if self._dtype == torch.float32:
+            return contextlib.nullcontext()  # XLA's warns of a format that it has nothing to do for
+        return torch.autocast(self._device, self._dtype)
+
+
+Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
+
+
+def in_autocast(loss: Loss, autocast: Autocast) -> Loss:
+    """The same loss, computed in that format."""
+
+    def inside(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        with autocast():
+            return loss(model, batch)
+
+    return inside
 
 
 class LossScale:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 PLAIN_SECONDS = 5.0
 """Without a terminal, a line at most this often."""
@@ -27,7 +31,9 @@ class Display:
         self._console = Console(file=sys.stdout, quiet=not speaks, highlight=False, soft_wrap=True)
         self._live = self._console.is_terminal and speaks
         self._bars: list[_Bar] = []
-        self._progress = Progress(
+        self._notes: dict[str, str] = {}
+        self._progress = _View(
+            self._notes,
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -42,6 +48,13 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line; a running bar stays below it."""
         self._console.print(text, markup=False)
+
+    def note(self, name: str, fact: str | None) -> None:
+        """Show a fact below the bars on a terminal, until another of its name takes its place; None: no longer."""
+        if fact is None:
+            self._notes.pop(name, None)
+        else:
+            self._notes[name] = fact
 
     def start(self, description: str, total: int | None, done: int = 0) -> None:
         """Begin a bar inside the one that is running, if any."""
@@ -73,7 +86,25 @@ class Display:
     def close(self) -> None:
         """End all bars, also after an error, so that the terminal is left in order."""
         self._bars.clear()
+        self._notes.clear()
         self._progress.stop()
+
+
+class _View(Progress):
+    """Bars, and below them what is known beside."""
+
+    def __init__(self, notes: dict[str, str], *columns: ProgressColumn | str, console: Console, disable: bool) -> None:
+        self._notes = notes
+        super().__init__(*columns, console=console, disable=disable)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What is drawn, again and again."""
+        yield from super().get_renderables()
+        if self._notes:
+            table = Table.grid(padding=(0, 2))
+            for name, fact in self._notes.items():
+                table.add_row(Text(name, style="dim"), Text(fact))
+            yield table
 
 
 class _Bar:

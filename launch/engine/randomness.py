@@ -7,6 +7,8 @@ import random
 import numpy as np
 import torch
 
+from launch.engine.devices import xla_in_use
+
 
 def random_states() -> dict[str, torch.Tensor]:
     """Of Python, numpy and torch, and of this rank's GPU."""
@@ -23,6 +25,10 @@ def random_states() -> dict[str, torch.Tensor]:
         states["cuda"] = torch.cuda.get_rng_state()
     if torch.backends.mps.is_available():
         states["mps"] = torch.mps.get_rng_state()
+    if xla_in_use():
+        from launch.engine import xla
+
+        states["xla"] = xla.random_state()
     return states
 
 
@@ -38,3 +44,7 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
     if "mps" in states and torch.backends.mps.is_available():
         torch.mps.set_rng_state(states["mps"])
+    if "xla" in states and xla_in_use():
+        from launch.engine import xla
+
+        xla.restore_random_state(states["xla"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -9,34 +10,44 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import set_seed
 from torch.nn.parallel import DistributedDataParallel
 
-from launch.engine.agree import Requests, any_rank
-from launch.engine.batching import Order, Position, Window, Work
+from launch.engine.agree import Requests, any_rank, gathered
+from launch.engine.batching import Position, Window, Work
 from launch.engine.blocks import checkpoint_activations, compile_blocks
 from launch.engine.checkpoint import model_files
 from launch.engine.contract import check_sums, checked
 from launch.engine.data import Data
-from launch.engine.export import has_adapters, write_model, write_probe
+from launch.engine.devices import devices_of, moved
+from launch.engine.export import write_all
 from launch.engine.frozen import hashes
 from launch.engine.inference import Inference
 from launch.engine.judging import Judge
 from launch.engine.keeping import Keeper
-from launch.engine.loop import Step, StepResult, fit
+from launch.engine.loop import Step, StepResult, fit, settle_buckets
 from launch.engine.loss import Counts
-from launch.engine.meters import Throughput
+from launch.engine.memory import Load, PeakMemory
+from launch.engine.meters import Clock, Meter
 from launch.engine.optim import make_optimizer
-from launch.engine.precision import Autocast, LossScale, check, forward_dtypes
+from launch.engine.precision import Autocast, LossScale, check, forward_dtypes, in_autocast
+from launch.engine.profiling import memory_noted, profiler
 from launch.engine.progress import Display
+from launch.engine.records import Records
 from launch.engine.scoring import Evaluation, Score
-from launch.engine.sharding import seen_dtypes, spread, unwrapped, updates
+from launch.engine.sharding import spread, unwrapped
 from launch.engine.stopping import Judgement
-from launch.engine.streams import Reader, first_samples, is_stream
+from launch.engine.stragglers import Pace
+from launch.engine.streams import amount_of, first_samples, size_of
 from launch.engine.tracking import Tracker
+from launch.engine.updating import seen_dtypes, updates
+from launch.engine.waiting import Waiting
+from launch.engine.watch import Incident, LossWatch
 from launch.plan import Plan
-from launch.recipe import Batch, Prepared, Samples, Stream
+from launch.recipe import Prepared
 from launch.strategy import Dtypes
+from launch.trackers import trackers
+from launch.utilisation import utilisation_of_a_token
 
 
 class Run:
@@ -56,7 +67,7 @@ class Run:
         config = plan.config
         self.plan, self.folder, self.prepared, self._data = plan, folder, prepared, data
         self.accelerator, self.display = accelerator, display
-        self.schedule = plan.schedule(_size(prepared.train))
+        self.schedule = plan.schedule(size_of(prepared.train))
         self.scores: dict[str, Score] = {}
         """Validation scores `before` and `after` training."""
         self.judge = Judge(accelerator, config, prepared)
@@ -69,6 +80,9 @@ class Run:
         self._signal = signal
         self._trained = False
         self._evaluated = True
+        self._memory = PeakMemory(accelerator.device)
+        self.peaks: list[int | None] = []
+        """Bytes that each rank has taken at the peak of training, once it is over."""
         model = self._build()
         self.parameters, self.trainable = (
             sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained)
@@ -82,34 +96,39 @@ class Run:
         if config.train.compile:
             compile_blocks(model)
         if not plan.processes.strategy.shards:
-            model = model.to(accelerator.device)
+            model = moved(accelerator, model)
         self._seed_by_rank()
         optimizer = make_optimizer(model, config.train, fused=accelerator.device.type == "cuda")
         self.model, self.optimizer = spread(accelerator, model, optimizer)
+        self.devices = devices_of(accelerator, plan)
         autocast = self._autocast()
-        self.loss = _in_autocast(checked(prepared.loss), autocast)
+        self.loss = in_autocast(checked(prepared.loss), autocast)
         """The recipe's loss, computed in the planned number format."""
         self.evaluation = Evaluation(
             accelerator,
             data.validation,
             self.loss,
             prepared.count,
-            plan.batch.eval_batch_size,
+            plan.eval_rows,
             config.eval.max_samples,
             prepared.scoring,
-            lambda model: Inference(accelerator, model, autocast),
+            lambda model: Inference(accelerator, model, autocast, self.devices),
+            self.devices,
         )
         scale = LossScale() if config.train.precision == "fp16" else None
         self.step = Step(
             accelerator,
             self.model,
-            updates(accelerator, self.model, self.optimizer, config.train.max_grad_norm, scale),
+            updates(accelerator, self.model, self.optimizer, config.train.max_grad_norm, scale, self.devices),
             self.loss,
             prepared.count,
             self._requests,
+            LossWatch(config.train),
+            Clock(accelerator.device.type, accelerator.num_processes),
+            Pace(accelerator.process_index, gathered([socket.gethostname()]), self._spent),
+            self.devices,
         )
-        self._meter = Throughput()
-        self._speed = 0.0
+        self._meter = Meter(self.step.clock)
         self.tracker: Tracker | None = None
         """On rank 0 only, once training has begun."""
         self.keeper: Keeper | None = None
@@ -138,14 +157,15 @@ class Run:
         """Evaluate, train, evaluate, export, from where an earlier attempt was; numbers go to metrics.jsonl."""
         config, prepared, total = self.plan.config, self.prepared, self.schedule.total
         self.display.say(
-            f"{self.parameters:,} parameters, {_amount(prepared.train)} training and {_amount(prepared.validation)} "
-            f"validation samples, {total:,} updates"
+            f"{self.parameters:,} parameters, {amount_of(prepared.train)} training and "
+            f"{amount_of(prepared.validation)} validation samples, {total:,} updates"
         )
         if self.trainable < self.parameters:
             share = 100 * self.trainable / self.parameters
             self.display.say(f"trainable: {self.trainable:,} of {self.parameters:,} parameters ({share:.2g} %)")
-        work = self._begin()
-        self._train(work)
+        rank, noted = self.accelerator.process_index, config.track.memory_snapshot
+        with memory_noted(self.folder, rank, wanted=noted):
+            self._train(self._begin())
         assert self.keeper is not None
         self.keeper.finish()
         if self.stopped is None and "after" not in self.scores:
@@ -156,17 +176,8 @@ class Run:
             else:
                 self.scores["after"] = score
         if self.stopped is None and config.save.export:
-            self._export()
-
-    def _export(self) -> None:
-        accelerator, model, tokenizer = self.accelerator, self.model, self.prepared.tokenizer
-        if has_adapters(model):
-            from launch.engine.adapters import write_adapted  # needs PEFT
-
-            sums = write_adapted(accelerator, model, tokenizer, self.folder, self._build)
-        else:
-            sums = write_model(accelerator, model, tokenizer, self.folder / "export")
-        write_probe(accelerator, model, self.prepared, sums, self.folder / "probe.safetensors")
+            with self.step.clock.phase("save"):
+                write_all(self.accelerator, self.model, prepared, self.folder, self._build)
 
     # --- beginning and resuming ------------------------------------------------------------------------------
 
@@ -183,14 +194,18 @@ class Run:
             self.display.say,
             self._signal,
             self._frozen,
+            rewinds=config.train.on_spike == "rewind",
         )
         found = self.keeper.find(config, self.prepared)
         state = found.state if found else {}
         if accelerator.is_main_process:
-            settings = config.model_dump(mode="json")
-            track = config.track
-            self.tracker = Tracker(self.folder, track.wandb, track.project, settings, state.get("tracker", {}))
+            shown_in, say = trackers(config.track), self.display.say
+            self.tracker = Tracker(self.folder, state.get("tracker", {}), shown_in, say)
             self.keeper.tracker = self.tracker
+        every, load, use = config.track.every_steps, Load(accelerator.device), utilisation_of_a_token(self.plan)
+        self._records = Records(
+            self.display, self.tracker, self._meter, self.schedule, every, load, use, self.devices.facts
+        )
         if found is None:
             self.keeper.refuse_without_space(
                 self.trainable if self._frozen else self.parameters, self.optimizer, self.schedule.total
@@ -200,7 +215,7 @@ class Run:
         self._restore(state)
         restore_random_states = self.keeper.restore(found)
         if isinstance(self.model, DistributedDataParallel):
-            self._settle_buckets()
+            settle_buckets(self.step, self.prepared.collate(first_samples(self.prepared.train, 1)))
         work = self._work()
         if not restore_random_states():  # last: what was built until now has drawn numbers of its own
             self._seed_by_rank(self.updates_done)
@@ -210,17 +225,6 @@ class Run:
         if self.tracker:
             self.tracker.write("resume", self.updates_done, checkpoint=found.folder.name)
         return work
-
-    def _settle_buckets(self) -> None:
-        """Let DDP put its gradients into the groups it will keep. Every rank must call this.
-
-        It regroups them after the first backward pass (torch 2.13, reducer.cpp, `rebuild_buckets`), and three ranks or
-        more add up in another order in other groups: an update after a resumption would differ in its last bits.
-        """
-        batch = self.prepared.collate(first_samples(self.prepared.train, 1))
-        self.model.train()
-        (self.loss(self.model, send_to_device(batch, self.accelerator.device)) * 0.0).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.zero_grad()
 
     def _state(self) -> dict[str, Any]:
         """What all ranks have in common, besides what `Keeper` knows itself."""
@@ -233,7 +237,9 @@ class Run:
             "metrics": {when: score.metrics for when, score in self.scores.items()},
             **self.judge.state(),
             "loss_scale": self.step.updates.scale_state(),
+            "watch": self.step.watch.state(),
             "tokens": self._meter.tokens,
+            "seconds": self._meter.totals(),
             "dtypes": asdict(self.dtypes) if self.dtypes else None,
             "learning_rate": self.schedule.learning_rate(self.updates_done) if self.updates_done else None,
             "tracker": self.tracker.state() if self.tracker else {},
@@ -249,7 +255,8 @@ class Run:
         }
         self.judge.restore(state)
         self.step.updates.restore_scale(state["loss_scale"])
-        self._meter.resume(state["tokens"])
+        self.step.watch.restore(state.get("watch", {}))
+        self._meter.resume(state["tokens"], state.get("seconds", {}))
         if self._trained and state["dtypes"]:  # no update will show them again
             self.dtypes = Dtypes(**state["dtypes"])
 
@@ -270,26 +277,22 @@ class Run:
         if self._trained:
             return None
         self.display.start("training", total, self.updates_done)
+        self._waiting = Waiting(config.parallel)
         self._meter.read()
-        with forward_dtypes(unwrapped(self.model)) as self._forward_dtypes:
+        self._memory.forget()
+        track, rank = config.track, self.accelerator.process_index
+        self._profiler = profiler(self.folder, rank, track.profile_ranks, track.profile, self.accelerator.device)
+        with forward_dtypes(unwrapped(self.model)) as self._forward_dtypes, self._profiler:
             fit(self.step, work, self.schedule.learning_rate, self._after_update)
+        self._waiting.long()
+        self.peaks = gathered([self._memory.read()])
         self.display.finish()
         return None
 
     def _work(self) -> Work:
         """The windows of the run that are left, with this rank's batches."""
-        batch, total, done = self.plan.batch, self.schedule.total, self.position
-        if isinstance(self._data.train, Reader):
-            return self._data.train.windows(total, done.update, done.epoch, done.consumed)
-        order = Order(
-            len(self._data.train.samples),
-            batch.global_batch_size,
-            batch.micro_batch_size,
-            self.plan.config.train.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        return self._data.train.load(lambda: order.windows(done.update + 1, total))
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        return self._data.work(self.plan, self.schedule.total, self.position, rank, world_size)
 
     def _requests(self) -> Requests:
         """What this rank wants, to be added up over all ranks with the counts of the next update."""
@@ -298,36 +301,50 @@ class Run:
 
     def _after_update(self, window: Window, result: StepResult) -> bool:
         """Record, evaluate and save as configured; True to stop, on every rank alike."""
-        config, update, total = self.plan.config, window.update, self.schedule.total
+        update, total = window.update, self.schedule.total
         assert self.keeper is not None
+        self._waiting.long()
         self.position = Position(update, window.epoch, window.consumed)
-        if self.dtypes is None:
+        if self.dtypes is None and result.applied:
             self._check_dtypes()
-        self._meter.add(result.counts.tokens)
-        if update % config.track.every_steps == 0 or update == total:
-            self._record(window, result)
-        rate = self.schedule.learning_rate(update)
-        self.display.advance(1, f"loss {result.loss:.4f}  lr {rate:.2e}  {self._speed:,.0f} tokens/s")
+        self._records.update(window, result)
+        if result.incident:
+            self._records.incident(window, result, self._rewind(window, result.incident))
+        self._records.pace(window, result, self.step.pace)
+        if line := self.devices.news():
+            self.display.say(f"update {update}: {line}")
+        if self._profiler.after_update():
+            self.display.say(f"profile: {self._profiler.folder}; look at a trace in https://ui.perfetto.dev")
         stop, best = bool(result.requests.stop), False
-        with self._meter.paused():
-            self._trained = update == total
-            if self.judge.is_time(update):
-                judgement = self._evaluate_and_judge(update)
-                self._evaluated = judgement is not None
-                if judgement is not None:
-                    best, self._trained = judgement.best, self._trained or judgement.stop
-                stop = judgement is None or stop or self._any_signal()
+        self._trained = update == total
+        saves, evaluates = self.keeper.saves, self.judge.is_time(update)
+        if evaluates:
+            judgement = self._evaluate_and_judge(update)
+            self._evaluated = judgement is not None
+            if judgement is not None:
+                best, self._trained = judgement.best, self._trained or judgement.stop
+            stop = judgement is None or stop or self._any_signal()
+        with self.step.clock.phase("save"):
             stop = self.keeper.after_update(self.position, self._state, result.requests, best=best, stop=stop) or stop
-            if stop:
-                self._stop()
+        if self.keeper.saves > saves:
+            self.display.note("saved", f"after update {update}")
+        if stop:
+            self._stop()
+        self.devices.excuse()
+        self._waiting.after_update(plain=not (evaluates or result.incident or self.keeper.saves > saves))
         return stop or self._trained
+
+    def _spent(self) -> tuple[float, float, float]:
+        """Seconds that this rank itself has spent on data, on computing and on saving."""
+        clock = self.step.clock
+        return clock.seconds["data"], clock.own_compute(), self.keeper.own_seconds if self.keeper else 0.0
 
     def _any_signal(self) -> bool:
         return any_rank(self.accelerator, self._signal() is not None)
 
     def _stop(self) -> None:
         """Find out which signal it was, wherever it came. Every rank must call this."""
-        numbers = [number for number in gather_object([self._signal()]) if number]
+        numbers = [number for number in gathered([self._signal()]) if number]
         self.stopped = numbers[0] if numbers else 0
 
     def _check_dtypes(self) -> None:
@@ -337,23 +354,26 @@ class Run:
         formats = "  ".join(f"{name} {value or 'nothing'}" for name, value in asdict(self.dtypes).items())
         self.display.say(f"number formats in use: {formats}")
 
-    def _record(self, window: Window, result: StepResult) -> None:
-        self._speed = self._meter.read()
-        if self.tracker:
-            self.tracker.write(
-                "train",
-                window.update,
-                epoch=window.epoch,
-                consumed=window.consumed,
-                loss=result.loss,
-                learning_rate=self.schedule.learning_rate(window.update),
-                gradient_norm=result.gradient_norm,
-                samples=result.counts.samples,
-                targets=result.counts.targets,
-                tokens=self._meter.tokens,
-                tokens_per_second=round(self._speed, 1),
-                **({"overflows": result.overflows} if result.overflows else {}),
-            )
+    def _rewind(self, window: Window, incident: Incident) -> int | None:
+        """Where the watch wants it, put weights, optimizer, random states and losses back; the update they are of.
+
+        The position stays: the windows from there up to this one are left out, and rates and samples go on as they
+        are functions of the update. So a run that is interrupted after this and goes on from the same checkpoint meets
+        the same spike and comes to the same weights. Every rank must call this.
+        """
+        if incident.action != "rewind":
+            return None
+        assert self.keeper is not None
+        with self.step.clock.phase("save"):
+            found = self.keeper.last_scheduled()
+            self.step.watch.count_rewind(window, incident, found.update if found else None)
+            assert found is not None, "the watch has seen to it"
+            restore_random_states = self.keeper.restore(found)
+            self.step.watch.rewind(found.state.get("watch", {}))
+            self.step.updates.restore_scale(found.state["loss_scale"])
+            if not restore_random_states():
+                self._seed_by_rank(found.update)
+        return found.update
 
     # --- evaluating ------------------------------------------------------------------------------------------
 
@@ -370,26 +390,16 @@ class Run:
 
     def _evaluate(self, update: int) -> tuple[Score | None, Judgement]:
         """The score, and what it means; None where a signal broke it off."""
-        score = self._score(lambda: self._signal() is not None)
-        if score is None:
-            return None, Judgement(best=False, stop=False)
-        metrics = self.judge.metrics(score)
-        judgement = self.judge.judge(update, metrics)
-        if self.keeper:
-            self.keeper.heard(update, score.loss, self.judge.rank(metrics))
-        if self.tracker:
-            self.tracker.write(
-                "eval",
-                update,
-                **metrics,
-                samples=score.counts.samples,
-                targets=score.counts.targets,
-                best=judgement.best,
-            )
-            self.tracker.keep_evaluation(update, metrics | score.details)
-        shown = "  ".join(f"{name} {value:,.4f}" for name, value in metrics.items())
-        self.display.say(f"update {update:>5}: validation {shown}")
-        return score, judgement
+        with self.step.clock.phase("evaluate"):
+            score = self._score(lambda: self._signal() is not None)
+            if score is None:
+                return None, Judgement(best=False, stop=False)
+            metrics = self.judge.metrics(score)
+            judgement = self.judge.judge(update, metrics)
+            if self.keeper:
+                self.keeper.heard(update, score.loss, self.judge.rank(metrics))
+            self._records.evaluation(update, score, metrics, judgement)
+            return score, judgement
 
     def _score(self, interrupted: Callable[[], bool]) -> Score | None:
         self.display.start("evaluating", self.evaluation.size)
@@ -403,6 +413,13 @@ class Run:
         assert score is not None, "nothing interrupts it"
         return score
 
+    def _planned_memory(self) -> int | None:
+        """What `peaks` are to be compared with: on a GPU they do not hold the libraries' share."""
+        memory, processes = self.plan.memory, self.plan.processes
+        if memory is None:
+            return None
+        return memory.needs[processes.strategy].total + (memory.libraries if processes.device == "cpu" else 0)
+
     def result(self) -> dict[str, Any]:
         """What came out, as plain data."""
         return {
@@ -411,26 +428,10 @@ class Run:
             "validation": {when: self.judge.metrics(score) for when, score in self.scores.items()},
             "best": self.judge.best,
             "dtypes": asdict(self.dtypes) if self.dtypes else None,
+            "peak_memory": self.peaks,
+            "planned_memory": self._planned_memory(),
+            "most_deviations": round(self.step.watch.farthest, 2),
+            "seconds": {phase: round(spent, 3) for phase, spent in self._meter.totals().items()},
             "failed_saves": self.keeper.failed if self.keeper else [],
             "run_folder": str(self.folder),
         }
-
-
-def _size(data: Samples | Stream) -> int | None:
-    return None if is_stream(data) else len(data)
-
-
-def _amount(data: Samples | Stream) -> str:
-    size = _size(data)
-    return "streamed" if size is None else f"{size:,}"
-
-
-Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
-
-
-def _in_autocast(loss: Loss, autocast: Autocast) -> Loss:
-    def inside(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        with autocast():
-            return loss(model, batch)
-
-    return inside

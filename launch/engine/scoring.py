@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
 
-from launch.engine.agree import any_rank, from_main, raise_together
+from launch.engine.agree import any_rank, from_main, gathered, raise_together, summed
 from launch.engine.batching import Loader, Order, Work
+from launch.engine.devices import Devices
 from launch.engine.loss import Counts, count_batch, count_over_ranks, precise_dtype
 from launch.engine.streams import Reader
 from launch.errors import ConfigError, LaunchError
@@ -51,6 +51,7 @@ class Evaluation:
     scoring: Scoring | None = None
     inference: Callable[[torch.nn.Module], Inference] | None = None
     """The model as the recipe uses it to predict; needed where there is a scoring."""
+    devices: Devices = field(default_factory=Devices)
 
     @property
     def size(self) -> int | None:
@@ -72,8 +73,7 @@ class Evaluation:
         `interrupted`, asked every few batches, is true of any rank, there is no score.
         """
         accelerator = self.accelerator
-        precise = precise_dtype(accelerator.device)
-        total = torch.zeros((), dtype=precise, device=accelerator.device)
+        total: float | torch.Tensor = 0.0
         predictions: list[tuple[int, Any]] = []
         counted = Counts()
         was_training = model.training
@@ -82,10 +82,9 @@ class Evaluation:
         with torch.no_grad():
             for number, (window, (batch,)) in enumerate(self._work(), 1):
                 (cell,) = window.micro_batches
-                on_device = send_to_device(batch, accelerator.device, non_blocking=True)
-                summed, predicted = self._predict(model, on_device)
+                sum_of_batch, predicted = self._predict(model, self.devices.place(accelerator, batch))
                 if not cell.filler:
-                    total += summed.to(precise)
+                    total = total + self.devices.precise([sum_of_batch])[0]
                     predictions += self._numbered(cell.samples, predicted)
                 counted += count_batch(cell, batch, self.count)
                 advance(window.consumed - finished)
@@ -94,7 +93,8 @@ class Evaluation:
                     model.train(was_training)
                     return None
         model.train(was_training)
-        total = accelerator.reduce(total, "sum")
+        device = accelerator.device
+        total = summed(accelerator, torch.as_tensor(total, dtype=precise_dtype(device), device=device))
         counts, _ = count_over_ranks(accelerator, counted)
         return Score(float(total) / max(counts.targets, 1), counts, *self._measure(predictions))
 
@@ -112,6 +112,8 @@ class Evaluation:
         """
         if self.scoring is None:
             return []
+        if self.devices.fills:
+            predicted = predicted[: len(samples)]
         if len(predicted) != len(samples):
             raise ConfigError(
                 f"the recipe's Scoring.predict gave {len(predicted)} predictions for a batch of "
@@ -123,11 +125,11 @@ class Evaluation:
         """Metrics of the predictions of all ranks, the same on each; details on rank 0."""
         if self.scoring is None:
             return {}, {}
-        gathered: list[tuple[int, Any]] = gather_object(predictions)
+        together = gathered(predictions)
         found: Metrics = {}
         problem: LaunchError | None = None
         if self.accelerator.is_main_process:
-            in_order = [prediction for _, prediction in sorted(gathered, key=lambda pair: pair[0])]
+            in_order = [prediction for _, prediction in sorted(together, key=lambda pair: pair[0])]
             try:
                 found = self.scoring.measure(in_order)
             except LaunchError as error:

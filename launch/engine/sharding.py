@@ -1,12 +1,11 @@
-"""How weights, gradients and optimizer state are spread over ranks: one Accelerator and one way to update per strategy.
+"""How weights, gradients and optimizer state are spread over ranks: one Accelerator for each strategy.
 
-The only place that knows DDP from FSDP2 from DeepSpeed ZeRO, and the CPU from a GPU under them.
+With `engine.updating` the only place that knows DDP from FSDP2 from DeepSpeed ZeRO, and the CPU from a GPU under them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
@@ -17,6 +16,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import PartialState
 from accelerate.utils import (
     DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -24,14 +24,13 @@ from accelerate.utils import (
     patch_environment,
 )
 from torch.distributed import Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import unset_hf_deepspeed_config
 
-from launch.engine.precision import LossScale, names, optimizer_dtypes
-from launch.errors import ConfigError, TopologyError
+from launch.errors import TopologyError
 from launch.plan import Plan
-from launch.strategy import Dtypes, Strategy
+from launch.strategy import Strategy
 
 
 def make_accelerator(plan: Plan) -> Accelerator:
@@ -43,7 +42,7 @@ def make_accelerator(plan: Plan) -> Accelerator:
     processes, train = plan.processes, plan.config.train
     strategy, on_cpu = processes.strategy, processes.device == "cpu"
     _check_precision(processes.device, train.precision)
-    options: dict[str, Any] = {"kwargs_handlers": [_process_group(plan)]}
+    options: dict[str, Any] = {"kwargs_handlers": [_process_group(plan), _ddp()]}
     environment: dict[str, str] = {}
     if strategy.kind == "zero":
         options["deepspeed_plugin"] = _deepspeed_plugin(plan)
@@ -53,6 +52,10 @@ def make_accelerator(plan: Plan) -> Accelerator:
         options["fsdp_plugin"] = _fsdp_plugin(strategy, on_cpu, getattr(torch, plan.dtypes.forward))
         if on_cpu:
             environment = {"accelerate_use_cpu": "false", "accelerate_torch_device": "cpu"}
+    elif strategy.kind == "xla":
+        from launch.engine.xla import start
+
+        start(processes.devices)
     else:
         options["cpu"] = on_cpu
     with patch_environment(**environment), _gloo_counts_as_a_device(on_cpu and strategy.kind == "fsdp2"):
@@ -98,6 +101,11 @@ def _process_group(plan: Plan) -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(timeout=timeout)
 
 
+def _ddp() -> DistributedDataParallelKwargs:
+    """Gradients lie in the buckets that they are exchanged in, not in tensors of their own besides: a fifth less."""
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+
+
 def _check_precision(device: str, precision: str) -> None:
     """Refuse a number format that the device has no arithmetic for."""
     if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -123,6 +131,7 @@ def _check(accelerator: Accelerator, plan: Plan) -> None:
         "ddp": several if processes.world_size > 1 else {DistributedType.NO},
         "fsdp2": {DistributedType.FSDP},
         "zero": {DistributedType.DEEPSPEED},
+        "xla": {DistributedType.XLA},
     }[strategy.kind]
     size, kind, device = accelerator.num_processes, accelerator.distributed_type, accelerator.device.type
     if size != processes.world_size or kind not in kinds or device != processes.device:
@@ -223,175 +232,6 @@ def _gloo_counts_as_a_device(wanted: bool) -> Iterator[None]:
         yield
     finally:
         PartialState._prepare_backend = original
-
-
-# --- updates ---------------------------------------------------------------------------------------------
-
-
-class Updates:
-    """What becomes of gradients, where forward and backward leave that to us: one process, DDP, FSDP2."""
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        max_grad_norm: float | None,
-        scale: LossScale | None = None,
-    ) -> None:
-        self.optimizer = optimizer
-        self._accelerator, self._model, self._max_grad_norm = accelerator, model, max_grad_norm
-        self._scale = scale
-        self._used = not isinstance(model, DistributedDataParallel)
-
-    @contextlib.contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch; only the `last` of an update exchanges gradients."""
-        with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
-            yield
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of `loss`, as the loss scale has it."""
-        (loss * self._scale.value if self._scale else loss).backward()  # type: ignore[no-untyped-call]
-
-    def apply(self) -> float:
-        """Clip, change the weights, forget the gradients; the global L2 norm of the gradient before clipping.
-
-        A norm that is not finite leaves the weights alone.
-
-        Raises:
-            ConfigError: DDP waits for gradients that never come.
-        """
-        if not self._used:
-            _refuse_unused(self._model)
-            self._used = True
-        if self._scale:
-            gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
-            torch._foreach_mul_(gradients, 1.0 / self._scale.value)
-        norm = self._accelerator.clip_grad_norm_(self._model.parameters(), self._max_grad_norm or math.inf)
-        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # host sync
-        if math.isfinite(value):
-            self.optimizer.step()
-            if self._scale:
-                self._scale.after_update()
-        self.optimizer.zero_grad()
-        return value
-
-    def may_repeat(self) -> bool:
-        """After a gradient that is not finite: whether it may only have overflowed, and its scale is halved now.
-
-        The norm is the global one, so every rank finds the same.
-        """
-        return self._scale is not None and self._scale.after_overflow()
-
-    def scale_state(self) -> dict[str, float]:
-        """What a resumed run needs of the fp16 loss scale; empty where there is none."""
-        return self._scale.state() if self._scale else {}
-
-    def restore_scale(self, state: dict[str, float]) -> None:
-        """Go on from there."""
-        if self._scale and state:
-            self._scale.restore(state)
-
-    def reduction_dtype(self) -> str:
-        """In what gradients are added up over ranks."""
-        if isinstance(self._model, FSDPModule):
-            policy = self._model._get_fsdp_state()._mp_policy
-            return names({policy.reduce_dtype or torch.float32})
-        # DDP adds up gradients as they are, and they are what the weights are.
-        return names({parameter.dtype for parameter in self._model.parameters() if parameter.requires_grad})
-
-
-def _refuse_unused(model: torch.nn.Module) -> None:
-    """See, after the first backward pass, that every trained weight has a gradient.
-
-    DDP exchanges gradients in groups, and a group that lacks one is never exchanged: the next forward pass would end in
-    an error that names numbers only (torch 2.13, reducer.cpp, `ensure_prior_reduction_finished`).
-    """
-    unused = [name for name, value in unwrapped(model).named_parameters() if value.requires_grad and value.grad is None]
-    if unused:
-        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
-        raise ConfigError(
-            f"parallel.strategy = ddp: the loss does not depend on {shown}, and DDP needs a gradient of every trained "
-            "weight; set requires_grad_(False) on them in the recipe's build_model, or use parallel.strategy=fsdp2"
-        )
-
-
-class DeepSpeedUpdates(Updates):
-    """The same where DeepSpeed's engine, which the prepared model is, does all of it."""
-
-    def __init__(self, accelerator: Accelerator, engine: Any, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(accelerator, engine, optimizer, None)
-        self._engine = engine
-
-    @contextlib.contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Say which micro-batch is the last: the last window of an epoch has fewer than DeepSpeed was told."""
-        self._engine.set_gradient_accumulation_boundary(last)
-        yield
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of `loss`, which is divided by the targets of the whole update already."""
-        self._engine.backward(loss, scale_wrt_gas=False)
-
-    def apply(self) -> float:
-        """As above; `gradient_clipping` in the engine's configuration clips."""
-        self._engine.step()
-        # An update that is not finite is skipped, and the norm is then the one of the update before.
-        return math.nan if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
-
-    def may_repeat(self) -> bool:
-        """As above: DeepSpeed has halved its own scale; at 1 it would raise an exception of its own."""
-        return bool(self._engine.fp16_enabled()) and float(self._engine.optimizer.loss_scaler.loss_scale) > 1.0
-
-    def scale_state(self) -> dict[str, float]:
-        """As above, in the terms of `precision.LossScale`: another strategy may go on from it."""
-        if not self._engine.fp16_enabled():
-            return {}
-        scaler = self._engine.optimizer.loss_scaler
-        return {
-            "value": scaler.cur_scale,
-            "since_overflow": scaler.cur_iter - scaler.last_overflow_iter - 1,
-            "hysteresis": scaler.cur_hysteresis,
-        }
-
-    def restore_scale(self, state: dict[str, float]) -> None:
-        """As above."""
-        if self._engine.fp16_enabled() and state:
-            scaler = self._engine.optimizer.loss_scaler
-            scaler.cur_scale = state["value"]
-            scaler.cur_iter = scaler.last_overflow_iter + 1 + int(state["since_overflow"])
-            scaler.cur_hysteresis = int(state.get("hysteresis", scaler.cur_hysteresis))
-
-    def reduction_dtype(self) -> str:
-        """As above."""
-        return names({self._engine.communication_data_type})
-
-
-def updates(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    max_grad_norm: float | None,
-    scale: LossScale | None = None,
-) -> Updates:
-    """How this accelerator's engine makes updates of the prepared `model`; DeepSpeed has a loss scale of its own."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return DeepSpeedUpdates(accelerator, model, optimizer)
-    return Updates(accelerator, model, optimizer, max_grad_norm, scale)
-
-
-def seen_dtypes(made: Updates, model: torch.nn.Module, forward: set[torch.dtype]) -> Dtypes:
-    """The number formats in use after an update; `forward` is what `precision.forward_dtypes` collected."""
-    master, remembered = optimizer_dtypes(innermost(made.optimizer))
-    parameters = unwrapped(model).parameters()
-    return Dtypes(
-        forward=names(forward),
-        parameter=names({parameter.dtype for parameter in parameters if parameter.requires_grad}),
-        reduction=made.reduction_dtype(),
-        master=master,
-        optimizer=remembered,
-    )
 
 
 def tied_names(model: torch.nn.Module) -> list[list[str]]:

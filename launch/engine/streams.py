@@ -34,6 +34,16 @@ def is_stream(data: Samples | Stream) -> TypeIs[Stream]:
     return isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__"))
 
 
+def size_of(data: Samples | Stream) -> int | None:
+    """How many samples there are; None of a stream."""
+    return None if is_stream(data) else len(data)
+
+
+def amount_of(data: Samples | Stream) -> str:
+    """The same for people."""
+    return "streamed" if is_stream(data) else f"{len(data):,}"
+
+
 def first_samples(data: Samples | Stream, wanted: int) -> list[Any]:
     """The first `wanted` samples, or as many as there are."""
     if is_stream(data):

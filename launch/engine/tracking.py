@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: always metrics.jsonl, and Weights & Biases when asked. Rank 0 only."""
+"""Where the numbers of a run go: always metrics.jsonl, which other processes follow for trackers. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-from launch.errors import ConfigError
+from launch.follower import Follower, wait_for
 
 
 class Tracker:
@@ -23,23 +23,30 @@ class Tracker:
     def __init__(
         self,
         folder: Path,
-        wandb_mode: Literal["off", "offline", "online"],
-        project: str,
-        config: Any,
         resumed: Mapping[str, Any] = MappingProxyType({}),
+        trackers: Sequence[str] = (),
+        say: Callable[[str], None] = print,
     ) -> None:
-        """`resumed` is the `state` of an earlier attempt: what it wrote after that is put aside."""
+        """`resumed` is the `state` of an earlier attempt: what it wrote after that is put aside.
+
+        `trackers` are followers of the records; what one has to tell is said.
+        """
         self._path = folder / "metrics.jsonl"
         self._forget_after(resumed.get("bytes", 0))
         self._file = self._path.open("ab", buffering=0)
         self._waiting = b""
         self._size = self._path.stat().st_size
-        identity = resumed.get("wandb")
-        self._wandb = None if wandb_mode == "off" else _start_wandb(folder, wandb_mode, project, config, identity)
+        self._say = say
+        self._followers: list[Follower] = []
+        for name in trackers:
+            try:
+                self._followers.append(Follower(folder, name))
+            except OSError as error:
+                say(f"{name}: its process cannot be started: {error.strerror or error}; metrics.jsonl has all")
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same records."""
-        return {"bytes": self._size, "wandb": None if self._wandb is None else self._wandb.id}
+        return {"bytes": self._size}
 
     def _forget_after(self, size: int) -> None:
         """Move the records of updates that will be made again to metrics-discarded.jsonl."""
@@ -51,16 +58,16 @@ class Tracker:
         os.truncate(self._path, size)
 
     def write(self, kind: str, update: int, **values: Any) -> None:
-        """Record `values` of one update; `kind` is train, eval, save, save_failed, resume or export."""
+        """Record `values` of one update; `kind` is train, eval, save, save_failed, resume, export …."""
         record = {"kind": kind, "update": update, **values, "time": round(time.time(), 3)}
         line = (json.dumps(record) + "\n").encode()
         self._waiting += line
         self._size += len(line)
         with contextlib.suppress(OSError):  # the disk is full: with the next record, or at the end
             self._write_waiting()
-        if self._wandb is not None:
-            numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-            self._wandb.log({f"{kind}/{name}": value for name, value in numbers.items()} | {"update": update})
+        for follower in self._followers:
+            for news in follower.news():
+                self._say(news)
 
     def keep_evaluation(self, update: int, found: Mapping[str, Any]) -> None:
         """Write all that an evaluation found to eval/step-000100.json, figures and details alike."""
@@ -75,36 +82,17 @@ class Tracker:
         while self._waiting:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
-    def close(self) -> None:
-        """Finish what is open.
+    def close(self, seconds: float = 0.0) -> None:
+        """Finish what is open; trackers may take so long, and are ended then.
 
         Raises:
             OSError: lines that could not be written before still cannot.
         """
-        self._write_waiting()
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def _start_wandb(
-    folder: Path, mode: Literal["offline", "online"], project: str, config: Any, identity: str | None
-) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(
-            f"track.wandb = {mode}: the package wandb is not installed; pip install 'shoal[wandb]', or track.wandb=off"
-        ) from None
-    run = wandb.init(
-        project=project,
-        name=folder.name,
-        dir=str(folder),
-        mode=mode,
-        config=config,
-        id=identity,
-        resume="allow" if identity else None,
-        settings=wandb.Settings(console="off", silent=True, disable_git=True),
-    )
-    run.define_metric("*", step_metric="update")
-    return run
+        try:
+            self._write_waiting()
+        finally:
+            self._file.close()
+            wait_for(self._followers, seconds)
+            for follower in self._followers:
+                for news in follower.end():
+                    self._say(news)

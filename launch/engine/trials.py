@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
+from launch.engine.agree import gathered
 from launch.engine.batching import MicroBatch, Window
 from launch.engine.loop import Step, set_learning_rate
 from launch.engine.loss import count_tokens
@@ -71,7 +71,7 @@ def try_sizes(
         batch = prepared.collate(list(samples))
         for update in (1, 2) if not peaks else (1,):  # the first update ever makes the optimizer's state
             step(Window(update, 0, size, cells), [batch] * len(cells))
-        peak = max(gather_object([_peak(step.accelerator)]))
+        peak = max(gathered([_peak(step.accelerator)]))
         if peak > limit:
             break
         peaks[size] = peak

@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import ConfigError, DataError
-from launch.topology import evaluate_modules_folder, hub_is_off
-from recipes.text import hub_answers
+from launch.hub import hub_trouble
+from launch.topology import evaluate_modules_folder
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -144,6 +144,17 @@ def _compute_one(
 # --- which one is meant ----------------------------------------------------------------------------------
 
 
+def file_of(name: str) -> Path | None:
+    """The file of a metric of this folder or of a user's own; None of one on the Hub.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if name in SHIPPED:
+        return Path(__file__).with_name(f"{SHIPPED[name].module}.py")
+    return _file_of(name, "metrics") if _is_path(name) else None
+
+
 def _is_path(name: str) -> bool:
     """Never by what lies in the working directory: a folder ./accuracy is not meant by `accuracy`."""
     return name.endswith(".py") or name.startswith((".", "/", "~"))
@@ -169,14 +180,15 @@ def _check_hub(name: str, key: str) -> None:
         )
     if not (why := _hub_is_out_of_reach()) or _is_cached(name):
         return
-    raise ConfigError(f"{key}: {name}: no such metric; {_ways(name)}, but {why} and it is not in the cache")
+    raise ConfigError(
+        f"{key}: {name}: no such metric; {_ways(name)}, but {why} and it is not in the cache; where there is a "
+        f"network, `python -c \"import evaluate; evaluate.load('{name}')\"` puts it there"
+    )
 
 
 def _hub_is_out_of_reach() -> str:
     """Why, or nothing if it can be reached."""
-    if hub_is_off():
-        return "the Hub is switched off (HF_HUB_OFFLINE)"
-    return "" if hub_answers() else "the Hub does not answer"
+    return hub_trouble("/api/spaces?limit=1")
 
 
 def _is_cached(name: str) -> bool:
