@@ -162,7 +162,7 @@ def deepspeed_file_of(layer: Layer, path: Path) -> Path | None:
 # --- against the plan ------------------------------------------------------------------------------------
 
 _NO_SIZE = "shoal shards over all processes and splits no model or sequence; use parallel.strategy"
-_NO_PODS = "shoal starts no TPU pods"
+_NO_PODS = "a TPU pod cannot be started: torch_xla 2.9 lacks what Accelerate starts one with; shoal uses one host"
 
 _TAKEN: dict[str, tuple[tuple[Any, ...], str]] = {
     "distributed_type": (

@@ -5,6 +5,8 @@ These run by `make test-xla`, in an environment of their own, in which XLA's dev
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
 import os
 import subprocess
@@ -34,6 +36,14 @@ for name in names:
     importlib.import_module(name)
 import accelerate, datasets, torch, transformers
 """
+
+
+def test_accelerate_cannot_start_a_pod() -> None:
+    """Why several hosts are refused: where this fails, torch_xla has again what Accelerate starts them with."""
+    from accelerate.commands import launch
+
+    assert "from torch_xla.distributed import xla_dist" in inspect.getsource(launch.tpu_pod_launcher)
+    assert importlib.util.find_spec("torch_xla.distributed.xla_dist") is None
 
 
 def in_a_process(program: str) -> str:
