@@ -406,8 +406,8 @@ CONTRADICTIONS = [
      "processes without mpirun; leave it out"),
     ("fp8_config: {backend: TE}", '2: fp8_config = {"fp8_backend": "TE"}: shoal trains in fp32, bf16 or fp16; '
      "use train.precision; leave it out"),
-    ("tpu_use_cluster: true", "2: tpu_use_cluster = true: a TPU pod cannot be started: torch_xla 2.9 lacks what Accelerate "
-     "starts one with; shoal uses one host; leave it out"),
+    ("tpu_use_cluster: true", "2: tpu_use_cluster = true: a TPU pod cannot be started: torch_xla 2.9 lacks what "
+     "Accelerate starts one with; shoal uses one host; leave it out"),
 ]  # fmt: skip
 
 
