@@ -170,7 +170,8 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:  # noqa: ARG001
         slow_down_saving()
 
     def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        time.sleep(args.seconds_per_batch * slow + (next(slow_start, 0.0) if model.training else 0.0))
+        trains = getattr(model, "training", False)  # an Inference says nothing of it
+        time.sleep(args.seconds_per_batch * slow + (next(slow_start, 0.0) if trains else 0.0))
         if os.environ.get("RANK", "0") == str(args.dying_rank) and next(passes) == args.dying_after:
             os.kill(os.getpid(), signal.SIGKILL)
         if args.failing_by == "skipping" and next(passes) == 4 and not fails:
