@@ -30,8 +30,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """In Markdown."""
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for row in rows:
-        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else f"{cell:,}" for cell in row) + " |")
+        print("| " + " | ".join(map(_shown, row)) + " |")
     print()
+
+
+def _shown(cell: Any) -> str:
+    return f"{cell:.3g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 
 def median_seconds(act: Callable[[], Any], repeats: int) -> float:

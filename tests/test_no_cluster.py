@@ -68,5 +68,6 @@ def test_as_many_tests_need_a_cluster_as_there_are() -> None:
         "test_slurm_names",
     ]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "slurm", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    environ = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # such as -v
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
     assert len([line for line in done.stdout.splitlines() if "::" in line]) == 43
