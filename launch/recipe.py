@@ -272,10 +272,10 @@ class Prepared:
     lengths: Callable[[Samples], Lengths] | None = None
     """Tokens of each of the training samples, or of the validation samples: integers of shape `(samples,)`.
 
-    By these the samples of an update are dealt out to ranks and micro-batches, and those of an evaluation to batches, so
-    that less is padded (`train.group_by_length`). Of a sample with a source and a target, both together. Asked once for
-    each split, of all its samples: none is to be read for it. None: all have as many, or it is not known. A stream is
-    not asked about, and is read in its own order.
+    By these the samples of an update are dealt out to ranks and micro-batches, and those of an evaluation to batches,
+    so that less is padded (`train.group_by_length`). Of a sample with a source and a target, both together. Asked once
+    for each split, of all its samples: none is to be read for it. None: all have as many, or it is not known. A stream
+    is not asked about, and is read in its own order.
     """
     targets: tuple[str, ...] = ("labels",)
     """Names in a batch that are for the loss alone: the model's forward pass is not given them."""

@@ -26,8 +26,8 @@ MULTIPLE = 8
 def parts(lengths: Lengths) -> list[int]:
     """How many rows each part of a micro-batch has that takes the least time; together all of them.
 
-    `lengths` are the tokens of its rows, the longest first, shape `(rows,)`. A part takes as long as its rows, all as wide
-    as the longest of them, and PASS_TOKENS. Every division at PLACES is weighed, by a dynamic programme from the end.
+    `lengths` are the tokens of its rows, the longest first, shape `(rows,)`. A part takes as long as all its rows, each
+    as wide as the longest, and PASS_TOKENS. Every division at PLACES is weighed: a dynamic programme from the end.
     """
     rows = len(lengths)
     widths = -(-lengths.astype(np.int64) // MULTIPLE) * MULTIPLE
