@@ -98,11 +98,12 @@ def longest_first(indices: Indices, lengths: Lengths) -> np.ndarray[Any, np.dtyp
 
 
 def deal_by_length(
-    indices: Indices, lengths: Lengths, micro_batch_size: int, rank: int, world_size: int, *, cut: bool
+    indices: Indices, lengths: Lengths, micro_batch_size: int, rank: int, world_size: int, turn: int, *, cut: bool
 ) -> tuple[MicroBatch, ...]:
     """The same as `deal`, but the longest samples in the first step; in each step all ranks have such of like length.
 
-    With `cut`, steps are cut further where that saves padding. `lengths` are of all samples, shape `(samples,)`.
+    With `cut`, steps are cut further where that saves padding. `lengths` are of all samples, shape `(samples,)`. Ranks
+    take turns at the longest sample of a step, beginning with rank `turn`: all of its cell is padded to that.
     """
     ordered = longest_first(indices, lengths)
     dealt = []
@@ -110,7 +111,7 @@ def deal_by_length(
         row = ordered[start : start + micro_batch_size * world_size]
         for rows in parts(lengths[row[::world_size]]) if cut else [micro_batch_size]:
             step, row = row[: rows * world_size], row[rows * world_size :]
-            own = step[rank::world_size]
+            own = step[(rank - turn - len(dealt)) % world_size :: world_size]
             dealt.append(MicroBatch(tuple(own.tolist()) or (int(step[-1]),), filler=not len(own)))
     return tuple(dealt)
 
@@ -148,13 +149,13 @@ class Order:
                 order, order_epoch = epoch_order(self.samples, self.seed, epoch), epoch
             start = position * self.global_batch_size
             indices = order[start : start + self.global_batch_size]
-            yield Window(update, epoch, start + len(indices), self._deal(indices))
+            yield Window(update, epoch, start + len(indices), self._deal(indices, update))
 
-    def _deal(self, indices: Indices) -> tuple[MicroBatch, ...]:
+    def _deal(self, indices: Indices, update: int) -> tuple[MicroBatch, ...]:
         sizes = (self.micro_batch_size, self.rank, self.world_size)
         if self.lengths is None:
             return deal(indices, *sizes)
-        return deal_by_length(indices, self.lengths, *sizes, cut=self.cut)
+        return deal_by_length(indices, self.lengths, *sizes, turn=update, cut=self.cut)
 
 
 class Loader:
