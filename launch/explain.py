@@ -48,7 +48,7 @@ def explain(plan: Plan) -> list[Line]:
         )
     if plan.by_length != "off":
         lines.append(
-            Line("samples of an update", "dealt by length", BY_LENGTH[plan.by_length], ("train.group_by_length",))
+            Line("within an update", "samples by length", BY_LENGTH[plan.by_length], ("train.group_by_length",))
         )
     lines.append(
         Line("training samples", "known after preparation" if length.samples is None else f"{length.samples:,}")
