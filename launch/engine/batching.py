@@ -128,7 +128,7 @@ class Order:
     rank: int
     world_size: int
     lengths: Lengths | None = None
-    """Tokens of each sample, shape `(samples,)`, the same on every rank; None: dealt out as they come."""
+    """Tokens of each sample, or of more, the same on every rank; None: samples are dealt out as they come."""
     cut: bool = False
     """Whether micro-batches are cut further where that saves padding."""
 

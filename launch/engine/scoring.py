@@ -145,8 +145,7 @@ class Evaluation:
         accelerator, size = self.accelerator, self.size
         assert size is not None, "samples by index are counted"
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        lengths = None if self.data.lengths is None else self.data.lengths[:size]
-        order = Order(size, self.batch_size * world_size, self.batch_size, None, rank, world_size, lengths)
+        order = Order(size, self.batch_size * world_size, self.batch_size, None, rank, world_size, self.data.lengths)
         return self.data.load(lambda: order.windows(1, order.per_epoch))
 
 
