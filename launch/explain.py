@@ -10,6 +10,10 @@ from launch.sections import RunConfig, SaveSection, TrainSection
 
 DEVICES = ("parallel.device", "parallel.devices", "parallel.nodes")
 EXTRAS = ("parallel.strategy", "train.optimizer", "train.activation_checkpointing", "train.compile")
+BY_LENGTH = {
+    "dealt": "as far as the recipe tells it; the result is the same, with less padding",
+    "cut": "as far as the recipe tells it, micro-batches cut where that saves padding; the result is the same",
+}
 BATCH = ("train.global_batch_size", "train.micro_batch_size")
 RATES = ("train.learning_rate", "train.schedule", "train.warmup_ratio", "train.warmup_steps")
 
@@ -41,6 +45,10 @@ def explain(plan: Plan) -> list[Line]:
                 f"{batch.global_batch_size} samples × {each} tokens",
                 BATCH[:1],
             )
+        )
+    if plan.by_length != "off":
+        lines.append(
+            Line("within an update", "samples by length", BY_LENGTH[plan.by_length], ("train.group_by_length",))
         )
     lines.append(
         Line("training samples", "known after preparation" if length.samples is None else f"{length.samples:,}")

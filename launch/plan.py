@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
@@ -59,6 +59,10 @@ class BatchPlan(_Frozen):
     """Input tokens of a full update; None where samples differ in length."""
 
 
+ByLength = Literal["off", "dealt", "cut"]
+"""Whether the samples of an update are dealt out by length, and micro-batches cut where that saves padding besides."""
+
+
 class Length(_Frozen):
     """How many updates there are, and the learning rates at the turning points."""
 
@@ -79,6 +83,8 @@ class Plan(_Frozen):
     config: RunConfig
     processes: Processes
     batch: BatchPlan
+    by_length: ByLength = "off"
+    """As far as the recipe tells lengths; plans of the first releases lack it."""
     length: Length
     dtypes: Dtypes
     """Number formats; the workers check that they are the real ones."""
@@ -228,6 +234,7 @@ def make_plan(
         config=config,
         processes=processes,
         batch=batch,
+        by_length=_by_length(config, processes, preview),
         length=_length(config, preview),
         dtypes=planned_dtypes(processes.strategy, config.train.precision),
         deepspeed=_deepspeed(config, processes, batch),
@@ -288,6 +295,16 @@ def _batch(loaded: Loaded, processes: Processes, preview: Preview, fits: Fits | 
         eval_batch_size=loaded.config.eval.batch_size or micro,
         tokens_per_update=tokens * total if tokens else None,
     )
+
+
+def _by_length(config: RunConfig, processes: Processes, preview: Preview) -> ByLength:
+    alike = preview.tokens_per_sample is not None if preview.model is None else not preview.model.padded
+    if config.train.group_by_length == "off" or alike:
+        return "off"
+    # One more pass costs little on a CPU alone: a GPU takes as long to be started as for thousands of tokens, sharded
+    # weights are exchanged in each, and XLA and torch.compile make a program for each shape.
+    cheap = processes.device == "cpu" and not processes.strategy.shards and not config.train.compile
+    return "cut" if cheap else "dealt"
 
 
 def _evaluation_batch(loaded: Loaded, world_size: int) -> BatchPlan:

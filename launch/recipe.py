@@ -22,8 +22,11 @@ from launch.cache import Cache
 from launch.sections import Section
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Lengths = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 class RecipeArgs(Section):
@@ -233,6 +236,7 @@ class Preview:
 
     samples: int | None = None
     tokens_per_sample: int | None = None
+    """Where all samples have as many; else of the longest."""
     metrics: tuple[str, ...] | None = None
     """Names of the numbers that an evaluation gives beside `loss`."""
     model: ModelUse | None = None
@@ -264,6 +268,14 @@ class Prepared:
 
     Needed only for devices that are compiled for each shape of a batch (XLA). `count` is not asked about it, and what
     is predicted of it is dropped.
+    """
+    lengths: Callable[[Samples], Lengths] | None = None
+    """Tokens of each of the training samples, or of the validation samples: integers of shape `(samples,)`.
+
+    By these the samples of an update are dealt out to ranks and micro-batches, and those of an evaluation to batches,
+    so that less is padded (`train.group_by_length`). Of a sample with a source and a target, both together. Asked once
+    for each split, of all its samples: none is to be read for it. None: all have as many, or it is not known. A stream
+    is not asked about, and is read in its own order.
     """
     targets: tuple[str, ...] = ("labels",)
     """Names in a batch that are for the loss alone: the model's forward pass is not given them."""

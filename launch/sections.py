@@ -44,6 +44,8 @@ class TrainSection(Section):
     """Samples in one update, over all processes together; the same for any number of processes."""
     micro_batch_size: Literal["auto"] | int | None = Field(None)
     """Samples one process handles at once; null: global_batch_size / processes; auto: as many as fit into memory."""
+    group_by_length: Literal["auto", "off"] = "auto"
+    """Deal out the samples of an update, and of an evaluation, by length: less padding, the same result."""
     max_steps: int | None = Field(None, ge=1)
     """Number of optimizer updates; excludes train.epochs."""
     epochs: float | None = Field(None, gt=0)

@@ -49,6 +49,11 @@ def marks(rows: Sequence[Any], width: Callable[[int], int]) -> torch.Tensor:
     return padded([[1] * len(row) for row in rows], 0, width)
 
 
+def lengths_of(samples: Any) -> Any:
+    """Tokens of each sample, shape `(samples,)`, of samples that know them."""
+    return samples.lengths
+
+
 def without_labels(sample: Mapping[str, Any]) -> dict[str, Any]:
     """The same sample with labels that are no targets: a list of them, an array, or one number."""
     labels = sample["labels"]

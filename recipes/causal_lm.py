@@ -21,7 +21,7 @@ from pydantic import Field
 
 from launch.errors import ConfigError, DataError
 from launch.recipe import Batch, Prepared, Preview, RecipeContext, Samples, Stream
-from recipes.batches import IGNORED, summed_cross_entropy
+from recipes.batches import IGNORED, lengths_of, summed_cross_entropy
 from recipes.chat import (
     ChatArgs,
     Conversations,
@@ -151,6 +151,7 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
         collate=functools.partial(collate, width=width) if padded else collate,
         loss=loss,
         count=count,
+        lengths=lengths_of if padded else None,
         without_targets=without_targets,
         loss_metrics=lambda mean_loss: {"perplexity": math.exp(mean_loss) if mean_loss < 700 else math.inf},
         facts=facts,
@@ -254,8 +255,7 @@ def _chat_data(args: Args, source: Source, tokenizer: PreTrainedTokenizerBase, c
     if args.chosen_packing == "off":
         return train, validation, facts, sample_prompt
     splits = {"train": train, "validation": validation}
-    lengths = {split: each.lengths.clip(max=args.block_size) for split, each in splits.items()}
-    blocks = _plan(args).folder(context, encoded.identity, lengths)
+    blocks = _plan(args).folder(context, encoded.identity, {split: each.lengths for split, each in splits.items()})
     packed = {split: Packed(blocks, split, each.read, isolated=True) for split, each in splits.items()}
     return packed["train"], packed["validation"], facts, sample_prompt
 

@@ -19,6 +19,7 @@ from launch.recipe import RecipeArgs
 from recipes.batches import IGNORED
 from recipes.files import short
 from recipes.rows import RowStream, Splits
+from recipes.tables import list_lengths
 from recipes.tokens import begins_texts
 
 if TYPE_CHECKING:
@@ -290,8 +291,13 @@ class Conversations:
         return len(self._rows)
 
     @property
-    def lengths(self) -> Tokens:
-        """Tokens of each conversation before it was cut."""
+    def lengths(self) -> Any:
+        """Tokens of each conversation, shape `(samples,)`."""
+        return list_lengths(self._rows)
+
+    @property
+    def uncut_lengths(self) -> Tokens:
+        """The same before they were cut."""
         import numpy as np
 
         return np.array(self._rows["tokens"] if len(self) else [], dtype=np.int64)
@@ -320,7 +326,7 @@ def facts_of(read: Splits, encoded: Splits, block_size: int, template: str) -> d
     """What was counted of conversations: in each split the rows, those left out, and those cut short."""
     found: dict[str, Any] = {"chat_template": template}
     for split, rows in read.facts.items():
-        tokens = Conversations(getattr(encoded, split)).lengths
+        tokens = Conversations(getattr(encoded, split)).uncut_lengths
         found[f"{split}_conversations"] = {
             "rows": rows["rows"],
             "without_answer": rows["rows"] - len(tokens),

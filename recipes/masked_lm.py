@@ -20,7 +20,7 @@ from pydantic import Field, JsonValue
 
 from launch.errors import DataError
 from launch.recipe import Batch, Inference, Metrics, Prepared, Preview, RecipeContext, Scoring, Width
-from recipes.batches import IGNORED, count_targets, marks, padded, summed_cross_entropy, without_labels
+from recipes.batches import IGNORED, count_targets, lengths_of, marks, padded, summed_cross_entropy, without_labels
 from recipes.embedded import paragraphs
 from recipes.embedded_encoder import small_encoder
 from recipes.masking import Masked, MaskedStream, Masking
@@ -107,6 +107,7 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
         collate=Collate(tokens.pad_token_id, context.width(args.pad_to_multiple_of, args.max_length)),
         loss=loss,
         count=count,
+        lengths=lengths_of,
         without_targets=without_labels,
         loss_metrics=lambda mean_loss: {"pseudo_perplexity": math.exp(mean_loss) if mean_loss < 700 else math.inf},
         scoring=Scoring(predict, measure),

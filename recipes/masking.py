@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from recipes.batches import IGNORED
+from recipes.tables import list_lengths
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,6 +76,11 @@ class Masked:
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.samples)
+
+    @property
+    def lengths(self) -> Any:
+        """Tokens of each sample, shape `(samples,)`."""
+        return list_lengths(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Numbers]:
         """One sample."""

@@ -168,6 +168,13 @@ class Packed:
         """Number of blocks."""
         return len(self._blocks) - 1
 
+    @property
+    def lengths(self) -> Tokens:
+        """Tokens of each block, shape `(blocks,)`."""
+        import numpy as np
+
+        return np.add.reduceat(self._pieces[:, 2] - self._pieces[:, 1], self._blocks[:-1])
+
     def __getitem__(self, index: int) -> Tokens:
         """One block, shape `(3, seq)` with positions where documents are isolated, else `(2, seq)`."""
         import numpy as np

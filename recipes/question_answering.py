@@ -27,6 +27,7 @@ from recipes.embedded_questions import QUESTION_ENCODER, QUESTIONS
 from recipes.models import ModelArgs, Source, check_model
 from recipes.question_windows import NOWHERE, Windows, answers_of, read_squad
 from recipes.rows import RowArgs, Splits, check_rows, encode_rows, encoded_samples, load_rows, rows_identity
+from recipes.tables import list_lengths
 
 if TYPE_CHECKING:
     import torch
@@ -147,6 +148,7 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
         loss=loss,
         count=count,
         scoring=Scoring(predict, answers.measure),
+        lengths=list_lengths,
         without_targets=lambda sample: {**sample, "start_positions": IGNORED, "end_positions": IGNORED},
         targets=TARGETS,
         facts=_facts(rows, features, lacking),

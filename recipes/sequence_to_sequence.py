@@ -32,6 +32,7 @@ from recipes.rows import (
     load_rows,
     rows_identity,
 )
+from recipes.tables import list_lengths
 from recipes.text_pairs import Collate, Encoder, Pairs, facts
 from recipes.writing import Writing, ready_tokenizer
 
@@ -163,6 +164,7 @@ class Task:
             ),
             loss=loss,
             count=count,
+            lengths=lambda samples: list_lengths(samples, ("input_ids", "labels")),
             without_targets=without_labels,
             scoring=self._scoring(encoded, tokenizer, writing, loss) if args.metrics else None,
             facts=facts(splits, encoded),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from recipes.files import short
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
     import pyarrow as pa
 
 
@@ -118,6 +119,21 @@ def open_table(path: Path) -> datasets.Dataset:
 
     opened = Dataset.from_file(str(path))
     return opened if opened.column_names else Dataset.from_dict({})
+
+
+def list_lengths(
+    rows: datasets.Dataset, columns: Sequence[str] = ("input_ids",)
+) -> np.ndarray[Any, np.dtype[np.integer[Any]]]:
+    """How many items the lists in these columns have, in each row together; shape `(rows,)`. No list is read."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    found = np.zeros(len(rows), np.int32)
+    if len(rows):  # else there are no columns
+        lists = rows.select_columns(list(columns)).with_format("arrow")[:]
+        for column in columns:
+            found += pc.list_value_length(lists.column(column)).to_numpy().astype(np.int32)
+    return found
 
 
 def in_batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:

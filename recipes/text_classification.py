@@ -32,6 +32,7 @@ from recipes.labels import (
 )
 from recipes.models import ModelArgs, Source, check_model
 from recipes.rows import RowArgs, RowStream, Splits, check_rows, encode_rows, encoded_samples, load_rows, rows_identity
+from recipes.tables import list_lengths
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +128,7 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
             lambda model, batch: predict(model, batch, args.threshold),
             lambda predictions: measure(predictions, labels, chosen),
         ),
+        lengths=list_lengths,
         without_targets=lambda sample: {**sample, "labels": None if labels.several else IGNORED},
         facts=_facts(encoded, rows, labels, args.max_length),
     )

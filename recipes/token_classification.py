@@ -26,6 +26,7 @@ from recipes.files import Row
 from recipes.labels import LIKELY_LABELS
 from recipes.models import ModelArgs, Source, check_model
 from recipes.rows import RowArgs, RowStream, Splits, check_rows, encode_rows, encoded_samples, load_rows, rows_identity
+from recipes.tables import list_lengths
 from recipes.word_labels import WordLabels, labels_of, listed_values
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
         loss=loss,
         count=count,
         scoring=Scoring(predict, labels.measure),
+        lengths=list_lengths,
         without_targets=without_labels,
         targets=("labels", "word_labels"),
         facts=_facts(encoded, rows, labels),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from launch.engine import cutting
 from launch.engine.batching import Loader, Order
 from launch.engine.loop import Step, fit
 from launch.engine.updating import updates
@@ -19,13 +20,16 @@ SAMPLES = 20  # the third window of an epoch holds 4 of 8
 MODELS = {"gpt2": tiny.gpt2, "llama": tiny.llama}
 
 
-def one_update_each(name: str, micro_batch_sizes: list[int]) -> list[dict[str, Any]]:
+def one_update_each(name: str, splits: list[tuple[int, bool]]) -> list[dict[str, Any]]:
     """For each split, loss and gradient of updates 1 (full) and 3 (ragged), from fresh weights."""
+    cutting.PASS_TOKENS = 1  # or none of so small micro-batches would be cut
     accelerator = Accelerator(cpu=True)
     samples = tiny.sequences(SAMPLES)
     results = []
-    for micro_batch_size in micro_batch_sizes:
-        order = Order(SAMPLES, GLOBAL_BATCH, micro_batch_size, 0, accelerator.process_index, accelerator.num_processes)
+    for micro_batch_size, by_length in splits:
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        dealt = (tiny.lengths(samples), True) if by_length else ()
+        order = Order(SAMPLES, GLOBAL_BATCH, micro_batch_size, 0, rank, world_size, *dealt)
         for update in (1, 3):
             bare = MODELS[name]()
             # With plain SGD at a rate of 1 the change of a weight is minus its gradient.
@@ -40,7 +44,7 @@ def one_update_each(name: str, micro_batch_sizes: list[int]) -> list[dict[str, A
             results.append(
                 {
                     "update": update,
-                    "micro_batch_size": micro_batch_size,
+                    "split": (micro_batch_size, by_length),
                     "micro_batches": len(batches),
                     "loss": result.loss,
                     "norm": result.gradient_norm,
@@ -68,8 +72,11 @@ def reference(name: str, update: int) -> tuple[float, torch.Tensor, list[Any]]:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_an_update_is_the_same_for_every_split(name: str, world_size: int) -> None:
     micro_batch_sizes = {1: [1, 2, 4, 8], 2: [1, 2, 4], 3: [1, 2]}[world_size]
-    by_rank = run_ranks(world_size, one_update_each, name, micro_batch_sizes)
-    assert len(by_rank[0]) == 2 * len(micro_batch_sizes)
+    splits = [(size, by_length) for size in micro_batch_sizes for by_length in (False, True)]
+    by_rank = run_ranks(world_size, one_update_each, name, splits)
+    assert len(by_rank[0]) == 2 * len(splits)
+    made = {(*each["split"], each["update"]): each["micro_batches"] for each in by_rank[0]}
+    assert made[micro_batch_sizes[-1], True, 1] > made[micro_batch_sizes[-1], False, 1], "some were cut"
     for results in zip(*by_rank, strict=True):
         expected_loss, expected_gradient, chosen = reference(name, results[0]["update"])
         for result in results:

@@ -70,6 +70,7 @@ def attempt(
         collate=collate,
         loss=loss,
         count=count,
+        lengths=tiny.lengths,
     )
     prepared = change(prepared)
     data = open_data(plan, prepared, read_world().rank)

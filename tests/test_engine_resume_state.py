@@ -394,7 +394,7 @@ def test_a_checkpoint_without_a_tensor_is_refused_by_all_ranks(source: Path, tmp
 CONFIG: dict[str, Any] = {
     "train": {
         **{"max_steps": 10, "schedule": "linear", "learning_rate": 1e-3, "compile": False},
-        "on_spike": "rewind",
+        **{"on_spike": "rewind", "group_by_length": "auto"},
     },
     "save": {"keep_last": 2, "every_steps": 5},
     "recipe_args": {"text": "old"},
@@ -406,6 +406,7 @@ CONFIG: dict[str, Any] = {
     [
         ("save.keep_last", 3, "save.keep_last: 2 → 3", True),
         ("train.compile", True, "train.compile: false → true", True),
+        ("train.group_by_length", "off", 'train.group_by_length: "auto" → "off"', True),
         ("train.on_spike", "skip", 'train.on_spike: "rewind" → "skip"', True),
         ("save.every_steps", 9, "save.every_steps: 5 → 9", False),
         ("train.learning_rate", 0.5, "train.learning_rate: 0.001 → 0.5", False),

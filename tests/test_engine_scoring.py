@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 from functools import partial
@@ -26,15 +27,18 @@ ROWS = (50, 1, 3)
 BATCH_SIZES = (1, 3, 4, 16)
 
 
-def scores() -> dict[tuple[int, int], tuple[float, int, int, bool]]:
+def loaded(rows: int, *, by_length: bool) -> Loader:
+    samples = tiny.sequences(rows)
+    return Loader(samples, collate, lengths=tiny.lengths(samples) if by_length else None)
+
+
+def scores() -> dict[tuple[int, int, bool], tuple[float, int, int, bool]]:
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(tiny.gpt2()).train()
     found = {}
-    for rows in ROWS:
-        for batch_size in BATCH_SIZES:
-            evaluation = Evaluation(accelerator, Loader(tiny.sequences(rows), collate), loss, count, batch_size)
-            score = evaluation(model)
-            found[rows, batch_size] = (score.loss, score.counts.samples, score.counts.targets, model.training)
+    for rows, batch_size, by_length in itertools.product(ROWS, BATCH_SIZES, (False, True)):
+        score = Evaluation(accelerator, loaded(rows, by_length=by_length), loss, count, batch_size)(model)
+        found[rows, batch_size, by_length] = (score.loss, score.counts.samples, score.counts.targets, model.training)
     return found
 
 
@@ -43,14 +47,14 @@ def scores() -> dict[tuple[int, int], tuple[float, int, int, bool]]:
 def test_evaluation_is_exact_for_any_ranks_and_batches(world_size: int) -> None:
     """With 1 row on 3 ranks, two ranks have none."""
     by_rank = run_ranks(world_size, scores)
-    assert len(by_rank[0]) == len(ROWS) * len(BATCH_SIZES)
+    assert len(by_rank[0]) == len(ROWS) * len(BATCH_SIZES) * 2
     for rows in ROWS:
         samples = tiny.sequences(rows)
-        with torch.no_grad():
-            expected = float(tiny.reference_loss(tiny.gpt2().eval(), samples))
-        for batch_size in BATCH_SIZES:
+        with torch.no_grad():  # in float64: added up in fp32 the reference itself would be off by 1e-6
+            expected = float(tiny.reference_loss(tiny.gpt2().eval().double(), samples))
+        for batch_size, by_length in itertools.product(BATCH_SIZES, (False, True)):
             for found in by_rank:
-                got, counted, targets, training = found[rows, batch_size]
+                got, counted, targets, training = found[rows, batch_size, by_length]
                 assert got == pytest.approx(expected, abs=1e-6)
                 assert math.exp(got) == pytest.approx(math.exp(expected), rel=1e-6)
                 assert counted == rows
@@ -70,16 +74,28 @@ def test_dropout_is_off_while_evaluating_and_on_again_afterwards() -> None:
     assert all(module.training for module in dropouts)
 
 
-def test_only_the_first_samples_are_evaluated_on_request() -> None:
+@pytest.mark.parametrize("by_length", [False, True])
+def test_only_the_first_samples_are_evaluated_on_request(by_length: bool) -> None:
     accelerator = Accelerator(cpu=True)
     model = tiny.gpt2().eval()
     advanced: list[int] = []
-    evaluation = Evaluation(accelerator, Loader(tiny.sequences(10), collate), loss, count, 4, max_samples=6)
+    evaluation = Evaluation(accelerator, loaded(10, by_length=by_length), loss, count, 4, max_samples=6)
     score = evaluation(model, advanced.append)
     with torch.no_grad():
         assert score.loss == pytest.approx(float(tiny.reference_loss(model, tiny.sequences(10)[:6])), abs=1e-6)
     assert score.counts.samples == 6
     assert advanced == [4, 2]
+
+
+def test_batches_of_an_evaluation_hold_samples_of_like_length() -> None:
+    seen: list[list[int]] = []
+
+    def noted(model: Any, batch: Any) -> torch.Tensor:
+        seen.append((batch["labels"] != -100).sum(1).tolist())
+        return loss(model, batch)
+
+    Evaluation(Accelerator(cpu=True), loaded(20, by_length=True), noted, count, 4)(tiny.gpt2())
+    assert sum(seen, []) == sorted((len(each) for each in tiny.sequences(20)), reverse=True)  # noqa: RUF017
 
 
 def test_nothing_to_predict_is_a_loss_of_zero() -> None:
@@ -102,13 +118,13 @@ def measured(predictions: list[Any]) -> dict[str, Any]:
     return {"rows": len(lengths), "weighed": weighed, "lengths": lengths, "even": sum(even for _, even in predictions)}
 
 
-def measures() -> dict[tuple[int, int], Any]:
+def measures() -> dict[tuple[int, int, bool], Any]:
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(tiny.gpt2())
     return {
-        (rows, batch_size): Evaluation(
+        (rows, batch_size, by_length): Evaluation(
             accelerator,
-            Loader(tiny.sequences(rows), collate),
+            loaded(rows, by_length=by_length),
             loss,
             count,
             batch_size,
@@ -117,6 +133,7 @@ def measures() -> dict[tuple[int, int], Any]:
         )(model)
         for rows in ROWS
         for batch_size in (1, 4)
+        for by_length in (False, True)
     }
 
 
@@ -127,11 +144,11 @@ def test_every_sample_is_measured_once_and_in_its_place(world_size: int) -> None
     for rows in ROWS:
         lengths = [len(sample) - 1 for sample in tiny.sequences(rows)]
         expected = measured([(length, False) for length in lengths])
-        for batch_size in (1, 4):
-            first = by_rank[0][rows, batch_size]
+        for case in itertools.product((rows,), (1, 4), (False, True)):
+            first = by_rank[0][case]
             assert first.details == {"lengths": lengths}
             for found in by_rank:
-                metrics = found[rows, batch_size].metrics
+                metrics = found[case].metrics
                 assert {name: metrics[name] for name in ("rows", "weighed")} == {
                     name: expected[name] for name in ("rows", "weighed")
                 }

@@ -84,6 +84,7 @@ def trained(
         collate=collate,
         loss=loss,
         count=count,
+        lengths=tiny.lengths,
     )
     data = open_data(plan, prepared, read_world().rank)
     forks: list[int] = []
@@ -119,11 +120,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def references(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
-    """One process, for each model: its records and its weights."""
+    """One process, for each model, that takes samples as they come: its records and its weights."""
     found = {}
     for name, source in sources.items():
         folder = tmp_path_factory.mktemp(f"{name}-one")
-        (result,) = run_ranks(1, trained, "single", 1, str(source), str(folder))
+        (result,) = run_ranks(1, trained, "single", 1, str(source), str(folder), "", ("train.group_by_length=off",))
         found[name] = (records(folder), result)
     return found
 

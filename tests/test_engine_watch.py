@@ -220,6 +220,7 @@ def odd_run(strategy: str, world_size: int, source: str, folder: str, overrides:
         collate=collate,
         loss=odd_loss(samples),
         count=count,
+        lengths=tiny.lengths,
     )
     data = open_data(plan, prepared, read_world().rank)
     accelerator = make_accelerator(plan)

@@ -26,7 +26,7 @@ from launch.config import load
 from launch.errors import ConfigError, LaunchError, TopologyError
 from launch.explain import explain
 from launch.plan import Plan, as_json, decide, default_run_folder, make_plan
-from launch.recipe import Preview
+from launch.recipe import ModelUse, Preview
 from launch.slurm_names import Step
 from launch.topology import Machine, World
 
@@ -401,6 +401,32 @@ def test_a_schedule_is_made_once_the_samples_are_known() -> None:
     assert plan.length.updates is None
     schedule = plan.schedule(101)
     assert (schedule.total, schedule.warmup, schedule.kind, schedule.peak) == (22, 11, "linear", 3e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "preview", "expected"),
+    [
+        ((), CPU, Preview(), "cut"),
+        (("parallel.devices=2",), CPU, Preview(), "cut"),
+        (("parallel.devices=2", "parallel.strategy=fsdp2"), CPU, Preview(), "dealt"),
+        (("parallel.devices=2", "parallel.strategy=zero1"), CPU, Preview(), "dealt"),
+        (("train.compile=true",), CPU, Preview(), "dealt"),
+        ((), GPUS, Preview(), "dealt"),
+        ((), MAC, Preview(), "dealt"),
+        (("parallel.device=xla",), TPUS, Preview(), "dealt"),
+        (("train.group_by_length=off",), CPU, Preview(), "off"),
+        ((), CPU, Preview(tokens_per_sample=128), "off"),
+        ((), CPU, Preview(tokens_per_sample=128, model=ModelUse({}, "span", 128)), "cut"),
+        ((), CPU, Preview(model=ModelUse({}, "next_token", 128, padded=False)), "off"),
+    ],
+)
+def test_samples_are_dealt_by_length_and_cut_where_a_pass_costs_little(
+    overrides: tuple[str, ...], machine: Machine, preview: Preview, expected: str
+) -> None:
+    plan = planned(*overrides, machine=machine, preview=preview)
+    assert plan.by_length == expected
+    because = explained(plan).get("within an update", ("", ""))[1]
+    assert ("less padding" in because, "micro-batches cut" in because) == (expected == "dealt", expected == "cut")
 
 
 # --- for people ------------------------------------------------------------------------------------------

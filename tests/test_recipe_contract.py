@@ -15,17 +15,19 @@ from launch.assets import recipes_folder
 from launch.cache import Cache
 from launch.config import load
 from launch.engine.batching import Loader, MicroBatch
+from launch.engine.contract import checked_lengths
 from launch.engine.devices import Filled
 from launch.engine.export import logits_of
 from launch.engine.inference import Inference
 from launch.engine.keeping import _fingerprint
-from launch.engine.loss import count_batch
+from launch.engine.loss import count_batch, count_tokens
 from launch.engine.precision import Autocast
 from launch.engine.preflight import look, preview
 from launch.engine.scoring import Evaluation
 from launch.engine.streams import first_samples
 from launch.recipe import Batch, Prepared, RecipeContext
 from launch.registry import load_recipe, shipped_recipes
+from recipes.batches import count_targets
 from tests.gloo import run_ranks
 
 RECIPES = shipped_recipes()
@@ -140,6 +142,39 @@ def test_batches_have_few_shapes_where_each_is_compiled_for(name: str, cache: Pa
             cell, as_ever = MicroBatch((0,) * len(taken)), plain.collate(taken)
             assert count_batch(cell, batch, few.count) == count_batch(cell, as_ever, plain.count)
         assert len(shapes) <= buckets, shapes
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides"),
+    [
+        *((name, []) for name in RECIPES),
+        ("masked_lm", ["recipe_args.join_texts=false"]),
+        *(("causal_lm", [f"recipe_args.packing={packing}"]) for packing in ("off", "isolated")),
+        *(("causal_lm_chat", [f"recipe_args.packing={packing}"]) for packing in ("off", "isolated")),
+    ],
+    ids=str,
+)
+def test_lengths_are_those_of_batches(file: str, overrides: list[str], cache: Path) -> None:
+    prepared = load_recipe(load(recipes_folder() / f"{file}.yaml", overrides)).prepare(RecipeContext(Cache(cache), 0))
+    by_split = {name: getattr(prepared, name) for name in ("train", "validation")}
+    told = {name: checked_lengths(prepared, name, data) for name, data in by_split.items()}
+    for name, data in by_split.items():
+        last = len(data) - 1
+        some = sorted({*range(min(40, last)), *range(0, last, max(last // 40, 1)), last})
+        found = [length_of(prepared.collate([data[index]])) for index in some]
+        lengths = told[name]
+        if lengths is None:
+            assert len({*found[:-1]}) == 1, "samples differ, and nobody is told"
+        else:
+            assert lengths[some].tolist() == found
+    differ = [len({*lengths.tolist()}) > 1 for lengths in told.values() if lengths is not None]
+    assert any(differ) == (file != "causal_lm" or bool(overrides))
+
+
+def length_of(batch: Batch) -> int:
+    """Tokens of what is read and of what is written."""
+    written = count_targets(batch) if "decoder_input_ids" in batch else 0
+    return count_tokens(batch) + written
 
 
 def test_texts_come_back_and_are_shown(recipe: tuple[str, Prepared, Any]) -> None:

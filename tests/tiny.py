@@ -50,6 +50,11 @@ def sequences(count: int, seed: int = 0) -> list[np.ndarray[Any, Any]]:
     return [random.randint(1, VOCABULARY, length).astype(np.int32) for length in lengths]
 
 
+def lengths(samples: Any) -> np.ndarray[Any, Any]:
+    """As `Prepared.lengths` tells them."""
+    return np.array([len(sample) for sample in samples])
+
+
 def reference_loss(model: Any, samples: list[np.ndarray[Any, Any]]) -> torch.Tensor:
     """Mean cross-entropy over all targets, one sample at a time, without padding: the definition."""
     summed, targets = torch.zeros(()), 0

@@ -5,19 +5,26 @@ processes. A window is dealt out to (step, rank) cells of `micro_batch_size` sam
 may be short; cells left empty are filled with a sample that counts for nothing, so every rank makes the same
 number of forward and backward passes: with sharded weights each pass is a collective. No sample is dropped, none is
 repeated within an epoch.
+
+Which samples are together in a window decides what an update is; which cell of it a sample is in does not. So where
+their lengths are known those of like length share a step, on all ranks, and little is padded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from launch.engine.cutting import parts
 from launch.engine.feed import Feed
 from launch.recipe import Samples
+
+if TYPE_CHECKING:
+    from launch.recipe import Lengths
 
 Indices = range | np.ndarray[Any, np.dtype[np.int64]]
 Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
@@ -84,6 +91,31 @@ def deal(indices: Indices, micro_batch_size: int, rank: int, world_size: int) ->
     return tuple(dealt)
 
 
+def longest_first(indices: Indices, lengths: Lengths) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """`indices` in the order of their lengths; of equal ones, as they were."""
+    found = np.asarray(indices)
+    return found[np.argsort(-lengths[found], kind="stable")]
+
+
+def deal_by_length(
+    indices: Indices, lengths: Lengths, micro_batch_size: int, rank: int, world_size: int, turn: int, *, cut: bool
+) -> tuple[MicroBatch, ...]:
+    """The same as `deal`, but the longest samples in the first step; in each step all ranks have such of like length.
+
+    With `cut`, steps are cut further where that saves padding. `lengths` are of all samples, shape `(samples,)`. Ranks
+    take turns at the longest sample of a step, beginning with rank `turn`: all of its cell is padded to that.
+    """
+    ordered = longest_first(indices, lengths)
+    dealt = []
+    for start in range(0, len(ordered), micro_batch_size * world_size):
+        row = ordered[start : start + micro_batch_size * world_size]
+        for rows in parts(lengths[row[::world_size]]) if cut else [micro_batch_size]:
+            step, row = row[: rows * world_size], row[rows * world_size :]
+            own = step[(rank - turn - len(dealt)) % world_size :: world_size]
+            dealt.append(MicroBatch(tuple(own.tolist()) or (int(step[-1]),), filler=not len(own)))
+    return tuple(dealt)
+
+
 @dataclass(frozen=True)
 class Order:
     """The windows of a run, reached at any update without walking through those before it."""
@@ -92,9 +124,13 @@ class Order:
     global_batch_size: int
     micro_batch_size: int
     seed: int | None
-    """None: the samples as they lie, unshuffled."""
+    """None: the samples as they lie, unshuffled, or the longest first where lengths are known."""
     rank: int
     world_size: int
+    lengths: Lengths | None = None
+    """Tokens of each sample, or of more, the same on every rank; None: samples are dealt out as they come."""
+    cut: bool = False
+    """Whether micro-batches are cut further where that saves padding."""
 
     @property
     def per_epoch(self) -> int:
@@ -104,6 +140,8 @@ class Order:
     def windows(self, first_update: int, last_update: int) -> Iterator[Window]:
         """Windows `first_update..last_update`, both included, counted from 1."""
         order: Indices = range(self.samples)
+        if self.seed is None and self.lengths is not None:
+            order = longest_first(order, self.lengths)
         order_epoch = -1
         for update in range(first_update, last_update + 1):
             epoch, position = divmod(update - 1, self.per_epoch)
@@ -111,17 +149,30 @@ class Order:
                 order, order_epoch = epoch_order(self.samples, self.seed, epoch), epoch
             start = position * self.global_batch_size
             indices = order[start : start + self.global_batch_size]
-            cells = deal(indices, self.micro_batch_size, self.rank, self.world_size)
-            yield Window(update, epoch, start + len(indices), cells)
+            yield Window(update, epoch, start + len(indices), self._deal(indices, update))
+
+    def _deal(self, indices: Indices, update: int) -> tuple[MicroBatch, ...]:
+        sizes = (self.micro_batch_size, self.rank, self.world_size)
+        if self.lengths is None:
+            return deal(indices, *sizes)
+        return deal_by_length(indices, self.lengths, *sizes, turn=update, cut=self.cut)
 
 
 class Loader:
     """Batches of samples by index; with `workers` processes, forked here, they come ahead of time."""
 
     def __init__(
-        self, samples: Samples, collate: Collate, workers: int = 0, pin_memory: bool = False, seed: int = 0
+        self,
+        samples: Samples,
+        collate: Collate,
+        workers: int = 0,
+        pin_memory: bool = False,
+        seed: int = 0,
+        lengths: Lengths | None = None,
     ) -> None:
         self.samples = samples
+        self.lengths = lengths
+        """Tokens of each sample; None: they are dealt out as they come."""
         self.feed = Feed(_Batches(samples, collate), workers, pin_memory, seed)
 
     def load(self, windows: Callable[[], Iterable[Window]]) -> Work:

@@ -1,11 +1,15 @@
-"""Sees at the start of a run that a recipe's loss and count are sums, which no number of a run would tell later."""
+"""Sees at the start of a run that a recipe's loss and count are sums, and its lengths are of all samples.
+
+No number of a run would tell later.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -15,7 +19,10 @@ from launch.engine.devices import on_host
 from launch.engine.randomness import random_states, restore_random_states
 from launch.engine.streams import first_samples
 from launch.errors import ConfigError
-from launch.recipe import Batch, Prepared
+from launch.recipe import Batch, Prepared, Samples
+
+if TYPE_CHECKING:
+    from launch.recipe import Lengths
 
 Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
 
@@ -41,6 +48,23 @@ def checked(loss: Loss) -> Loss:
         return summed
 
     return call
+
+
+def checked_lengths(prepared: Prepared, split: str, samples: Samples) -> Lengths | None:
+    """What the recipe says of the lengths of these samples, int32; None where it says nothing.
+
+    Raises:
+        ConfigError: it gives no whole number for each.
+    """
+    if prepared.lengths is None:
+        return None
+    found = np.asarray(prepared.lengths(samples))
+    if found.shape != (len(samples),) or (len(samples) and found.dtype.kind not in "iu"):
+        raise ConfigError(
+            f"{_place(prepared.lengths)}: lengths() gave an array of shape {found.shape}, {found.dtype}, for the "
+            f"{len(samples)} {split} samples; it must give one whole number for each"
+        )
+    return found.astype(np.int32, copy=False)
 
 
 def check_sums(accelerator: Accelerator, model: torch.nn.Module, prepared: Prepared, loss: Loss) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launch.engine.batching import Loader, Order, Position, Work
+from launch.engine.contract import checked_lengths
 from launch.engine.devices import collate_of
 from launch.engine.streams import Reader, is_stream
 from launch.plan import Plan
@@ -23,7 +24,8 @@ class Data:
         if isinstance(self.train, Reader):
             return self.train.windows(updates, done.update, done.epoch, done.consumed)
         samples, seed = len(self.train.samples), plan.config.train.seed
-        order = Order(samples, plan.batch.global_batch_size, plan.rows, seed, rank, world_size)
+        sizes, dealt = (plan.batch.global_batch_size, plan.rows), (self.train.lengths, plan.by_length == "cut")
+        order = Order(samples, *sizes, seed, rank, world_size, *dealt)
         return self.train.load(lambda: order.windows(done.update + 1, updates))
 
     def close(self) -> None:
@@ -33,7 +35,11 @@ class Data:
 
 
 def open_data(plan: Plan, prepared: Prepared, rank: int) -> Data:
-    """Start the planned data workers. To be called before `make_accelerator`."""
+    """Start the planned data workers. To be called before `make_accelerator`.
+
+    Raises:
+        ConfigError: the recipe's lengths are none.
+    """
     processes, batch, config = plan.processes, plan.batch, plan.config
 
     def opened(name: str, data: Samples | Stream, window: int, micro: int) -> Loader | Reader:
@@ -43,7 +49,8 @@ def open_data(plan: Plan, prepared: Prepared, rank: int) -> Data:
         if is_stream(data):
             world_size = processes.world_size
             return Reader(name, data, window, micro, rank, world_size, collate, workers, pin_memory, seed)
-        return Loader(data, collate, workers, pin_memory, seed)
+        lengths = None if plan.by_length == "off" else checked_lengths(prepared, name, data)
+        return Loader(data, collate, workers, pin_memory, seed, lengths)
 
     eval_window = plan.eval_rows * processes.world_size
     return Data(

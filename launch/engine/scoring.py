@@ -139,13 +139,13 @@ class Evaluation:
         return from_main(self.accelerator, numbers), {k: v for k, v in found.items() if k not in numbers}
 
     def _work(self) -> Work:
-        """The samples as they lie, in windows of one batch per rank."""
+        """The samples as they lie, or by length, the longest first; in windows of one batch per rank."""
         if isinstance(self.data, Reader):
             return self.data.epoch(most=self.max_samples)
         accelerator, size = self.accelerator, self.size
         assert size is not None, "samples by index are counted"
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        order = Order(size, self.batch_size * world_size, self.batch_size, None, rank, world_size)
+        order = Order(size, self.batch_size * world_size, self.batch_size, None, rank, world_size, self.data.lengths)
         return self.data.load(lambda: order.windows(1, order.per_epoch))
 
 
