@@ -98,7 +98,7 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     check_model(args)
     samples = (_text_samples if args.format == "text" else _chat_samples)(args, context)
     padded = args.chosen_packing != "continuous"
-    use = _source(args, context).use("next_token", args.block_size, padded=padded)
+    use = _source(args, context).use("next_token", args.block_size, padded=padded, fused_loss=args.fuses(context))
     return Preview(samples, args.block_size, METRICS, use)
 
 
@@ -280,14 +280,14 @@ def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of each token given those before it, summed; a scalar in fp32."""
     from torch.nn import functional
 
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
     if "position_ids" in batch:
         # transformers keeps documents apart by their positions, but only where it is given no mask of padding.
-        inputs: dict[str, torch.Tensor | None] = {"position_ids": batch["position_ids"]}
+        inputs["position_ids"] = batch["position_ids"]
     else:
-        inputs = {"attention_mask": batch.get("attention_mask")}
-    # Shift the small labels rather than copy the large logits.
+        inputs["attention_mask"] = batch.get("attention_mask")
     targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-    return summed_loss(model, {"input_ids": batch["input_ids"], **inputs, "use_cache": False}, targets)
+    return summed_loss(model, inputs, targets)
 
 
 def count(batch: Batch) -> int:

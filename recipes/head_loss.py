@@ -2,14 +2,15 @@
 
 Of a batch of 8 × 512 tokens and a vocabulary of 50,257 they are 823 MB in fp32, and the ordinary way holds three such
 tables. Here the head of the model gives the loss itself, and finds gradients in the same pass, while the scores of
-some tokens are there. Source: Hsu et al., Liger Kernel, arXiv:2410.10989, section 3.2 (FusedLinearCrossEntropy).
+some tokens are there. Source: Hsu et al., Liger Kernel, arXiv:2410.10989 (FusedLinearCrossEntropy).
 
-The model is called as ever, so that all that spreads it over ranks stays around it: `summed_loss` says for what targets,
-and a `Head`, which stands in for the `forward` of the model's last layer, gives a number in place of scores.
+The model is called as ever, so that all that spreads it over ranks stays around it: `summed_loss` says for what
+targets, and a `Head`, which stands in for the `forward` of the model's last layer, gives a number in place of scores.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -31,7 +32,7 @@ class LossArgs(RecipeArgs):
     """Compute the loss some tokens at a time, without all logits at once: less memory and time, the same result."""
 
     def fuses(self, context: RecipeContext) -> bool:
-        """Whether it is: not where a device is compiled for each shape of a batch, whose compiler orders work itself."""
+        """Whether it is: not where a device is compiled for each shape of a batch; the compiler orders work itself."""
         return self.fused_loss and context.buckets is None
 
 
@@ -133,20 +134,23 @@ def with_head_loss(model: Any, loss: Callable[[Any, Batch], torch.Tensor]) -> An
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids, "labels": labels}
     training = model.training
     model.eval()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    same = False
+    # What is done to scores may be impossible with one number; a loss that fails in any case fails in training.
+    errors = contextlib.suppress(IndexError, RuntimeError, TypeError, ValueError)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), errors:
         ordinary = float(loss(model, batch))
-        head.forward = Head(head, model)
-        try:
-            same = math.isclose(float(loss(model, batch)), ordinary, rel_tol=1e-4)
-        except (IndexError, RuntimeError, TypeError, ValueError):  # what is done to scores cannot be done to a number
-            same = False
+        vars(head)["forward"] = Head(head, model)
+        same = math.isclose(float(loss(model, batch)), ordinary, rel_tol=1e-4)
     if not same:
-        del head.forward
+        vars(head).pop("forward", None)
     model.train(training)
     return model
 
 
 # --- computing -------------------------------------------------------------------------------------------
+
+COUNTS_TARGETS = ("cpu",)
+"""Devices on which tokens that are no targets are left out; on others finding them would be a wait for the device."""
 
 
 def linear_cross_entropy(
@@ -167,16 +171,16 @@ def linear_cross_entropy(
     import torch
 
     hidden, targets = hidden.flatten(0, -2).to(dtype), targets.flatten()
-    everywhere = hidden.device.type != "cpu"  # to find the targets is to wait for the device
-    if not everywhere:
+    places: Any = ...
+    if hidden.device.type in COUNTS_TARGETS:
         places = (targets != IGNORED).nonzero()[:, 0]
         hidden, targets = hidden[places], targets[places]
     tensors = (hidden, weight, bias)
     wanted = tuple(torch.is_grad_enabled() and each is not None and each.requires_grad for each in tensors)
     found = None if best is None else torch.empty_like(targets)
     loss: torch.Tensor = _function().apply(*tensors, targets, label_smoothing, wanted, found)
-    if best is not None:
-        best.view(-1)[... if everywhere else places] = found
+    if best is not None and found is not None:
+        best.view(-1)[places] = found
     return loss
 
 
@@ -215,7 +219,9 @@ def _function() -> Any:
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, grad_output: Any) -> Any:
             if ctx.late:
-                _, gradients = _walk(*ctx.saved_tensors, ctx.label_smoothing, ctx.wanted, scale=grad_output)
+                hidden, weight, bias, targets = ctx.saved_tensors
+                told = ctx.label_smoothing, ctx.wanted
+                _, gradients = _walk(hidden, weight, bias, targets, *told, scale=grad_output)
             else:
                 assert ctx.gradients is not None, "they are changed in place, so there is one backward pass"
                 gradients, ctx.gradients = ctx.gradients, None
@@ -271,7 +277,7 @@ def _walk(
             if label_smoothing:
                 gradient -= label_smoothing / classes
             gradient.scatter_add_(1, goals, torch.full_like(goals, label_smoothing - 1.0, dtype=full))
-            if device.type != "cpu":  # there all are targets
+            if device.type not in COUNTS_TARGETS:
                 gradient.masked_fill_(no_target, 0.0)
             if scale is not None:
                 gradient *= scale

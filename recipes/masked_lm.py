@@ -68,9 +68,8 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     source = _source(args, context)
     samples = encoded_samples(context, "masked-lm", rows, _identity(args, source))
     tokens = args.max_length if args.join_texts else None
-    return Preview(
-        samples, tokens, ("pseudo_perplexity", "masked_accuracy"), source.use("masked_token", args.max_length)
-    )
+    use = source.use("masked_token", args.max_length, fused_loss=args.fuses(context))
+    return Preview(samples, tokens, ("pseudo_perplexity", "masked_accuracy"), use)
 
 
 def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:

@@ -123,7 +123,11 @@ class Task:
         known = all(name in GIVES for name in args.metrics)
         given = tuple(number for name in args.metrics for number in GIVES.get(name, ()))
         names = (*given, "generated_length") if known and given else () if known else None
-        use = self._source.use("text_to_text", args.max_source_length, target_tokens=args.max_target_length)
+        use = self._source.use(
+            *("text_to_text", args.max_source_length),
+            target_tokens=args.max_target_length,
+            fused_loss=args.fuses(self.context),
+        )
         return Preview(samples, metrics=names, model=use)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -89,7 +89,6 @@ def forward_dtypes(model: torch.nn.Module) -> Iterator[set[torch.dtype]]:
         yield seen
         return
 
-
     def see(module: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
         seen.add(getattr(module.forward, "product_dtype", None) or output.dtype)
 
