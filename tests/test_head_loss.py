@@ -80,16 +80,26 @@ def test_loss_and_gradients_are_the_ordinary_ones(
 
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden", "both"])
-def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+def test_of_what_is_frozen_no_gradient_is_found(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = torch.randn(9, WIDTH), torch.randn(CLASSES, WIDTH)
     targets = torch.randint(0, CLASSES, (9,))
     trained = {"weight": [hidden], "hidden": [weight], "both": []}[frozen]
+    found: list[list[bool]] = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        loss, gradients = walk(*arguments, **options)
+        found.append([gradient is not None for gradient in gradients])
+        return loss, gradients
+
+    walk = head_loss._walk
+    monkeypatch.setattr(head_loss, "_walk", watched)
     for tensor in trained:
         tensor.requires_grad_()
     expected = summed_cross_entropy(hidden @ weight.t(), targets)
     got = linear_cross_entropy(hidden, weight, None, targets, 0.0, torch.float32)
     assert off(got, expected) < 1e-6
     assert got.requires_grad == bool(trained)
+    assert found == [[frozen == "weight", frozen == "hidden", False]]
     for tensor in trained:
         assert off(*(torch.autograd.grad(loss, tensor)[0] for loss in (got, expected))) < 1e-6
 
@@ -223,7 +233,7 @@ def test_the_best_token_of_each_target_is_that_of_its_scores() -> None:
 def test_adapters_leave_a_head_that_has_none_of_them_its_loss() -> None:
     peft = pytest.importorskip("peft")
     for target, fused in (("q_proj", True), ("lm_head", False)):
-        adapted = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=[target], init_lora_weights=False))
+        adapted = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=[target]))  # which do nothing yet
         plain = copy.deepcopy(adapted)
         with_head_loss(adapted, causal_lm.loss)
         assert isinstance(vars(adapted.get_output_embeddings()).get("forward"), Head) == fused
