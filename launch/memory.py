@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from launch.outline import Outline
+from launch.recipe import LOSS_BYTES, LOSS_BYTES_CPU
 from launch.render import BUCKET
 from launch.strategy import Strategy
 from launch.tape import FULL, LOW, Numbers, Unit, Weight
@@ -119,7 +120,8 @@ def _moments(outline: Outline, strategy: Strategy, setting: Setting) -> Iterator
     kept = [
         unit.entry * size if twice else unit.kept * size + unit.casts for unit, twice in zip(units, again, strict=True)
     ]
-    logits = outline.targets * size * outline.classes
+    ordinary = outline.fused is None or strategy.kind == "xla"
+    of_loss, of_head = (_all_logits if ordinary else _some_logits)(outline, strategy, setting)
     tied = FULL * units[-1].tied  # the gradient of a head that shares its weight waits for that of the embeddings
 
     def moment(name: str, gradients: int, activations: int, of_logits: int, buffers: int) -> Need:
@@ -133,12 +135,11 @@ def _moments(outline: Outline, strategy: Strategy, setting: Setting) -> Iterator
             moment=name,
         )
 
-    # In fp32: logarithms of the probabilities, their gradient, and that of the logits.
-    yield moment("loss", spread.gradients(last), sum(kept), 3 * FULL * logits, spread.forward(last))
+    yield moment("loss", spread.gradients(last), sum(kept), of_loss, spread.forward(last))
     for position in range(last, -1, -1):
         unit, activations, own = units[position], sum(kept[: position + 1]), 0
         if position == last:
-            own = (FULL + LOW * setting.numbers_low) * logits
+            own = of_head
         else:
             activations += 2 * unit.widest * size
         if again[position]:
@@ -147,6 +148,29 @@ def _moments(outline: Outline, strategy: Strategy, setting: Setting) -> Iterator
         yield moment(f"backward of {unit.name}", gradients, activations, own, spread.backward(position))
     gradients, buffers = spread.step()
     yield moment("step", gradients, 0, 0, buffers)
+
+
+def _all_logits(outline: Outline, _: Strategy, setting: Setting) -> tuple[int, int]:
+    """Bytes of what the loss needs, and the backward pass of the head, with the logits of all tokens at once."""
+    logits = outline.targets * setting.micro_batch_size * outline.classes
+    # In fp32: logarithms of the probabilities, their gradient, and that of the logits.
+    return 3 * FULL * logits, (FULL + LOW * setting.numbers_low) * logits
+
+
+def _some_logits(outline: Outline, strategy: Strategy, setting: Setting) -> tuple[int, int]:
+    """The same where the loss is found some tokens at a time (`recipes.head_loss`), with the gradients of the head."""
+    fused = outline.fused
+    assert fused, "else there are all logits"
+    low, tokens = setting.numbers_low, outline.targets * setting.micro_batch_size
+    piece = min(tokens * FULL * outline.classes, LOSS_BYTES_CPU if setting.on_cpu else LOSS_BYTES)
+    weight, given = outline.classes * fused.width, tokens * fused.width * outline.product
+    gradient = FULL * weight * fused.trained
+    # Of the weight in low numbers a copy beside one in fp32, and its part of the gradient before that is added.
+    copies = LOW * weight * (numbers_of(strategy, low) == "autocast") + LOW * weight * (low and fused.trained)
+    in_pieces = piece + piece * outline.product // FULL  # logits, and logarithms of the probabilities in fp32
+    # The gradient of the weight is handed on, in low numbers as a copy.
+    handed_on = gradient * (numbers_of(strategy, low) == "low")
+    return in_pieces + gradient + copies + 2 * given, handed_on + 2 * given
 
 
 class _Spread(ABC):

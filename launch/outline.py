@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.recipe import Head, ModelUse
-from launch.tape import Numbers, Tape, Unit, Value, Weight
+from launch.tape import Fused, Numbers, Tape, Unit, Value, Weight
 
 Config = Mapping[str, Any]
 
@@ -29,6 +29,8 @@ class Outline:
     """Bytes of a number in them."""
     embeddings_alone: bool
     """Whether the embeddings are sharded by themselves, and not with what is whole all the time."""
+    fused: Fused | None = None
+    """Where the loss is found with never all logits at once: its head."""
 
     @property
     def weights(self) -> list[Weight]:
@@ -58,7 +60,7 @@ def outline(use: ModelUse, numbers: Numbers) -> Outline | None:
     hidden = draw(use, tape)
     # As `engine.sharding` and Accelerate 1.15 (`fsdp2_prepare_model`) make their units.
     alone = not any(unit.tied for unit in tape.units) and use.head not in ("text_to_text", "masked_token")
-    return Outline(tuple(tape.units), hidden.rows, hidden.width, tape.product, alone)
+    return Outline(tuple(tape.units), hidden.rows, hidden.width, tape.product, alone, tape.fused)
 
 
 def _mask(use: ModelUse) -> int | None:
@@ -143,9 +145,13 @@ def _llama(use: ModelUse, tape: Tape) -> Value:
     return _decoder_head(use, tape, x, vocabulary, tied=config.get("tie_word_embeddings", False))
 
 
+def _lm_head(use: ModelUse, tape: Tape, x: Value, vocabulary: int, *, tied: bool) -> Value:
+    return tape.scores("lm_head", x, vocabulary, bias=False, tied=tied, fused=use.fused_loss)
+
+
 def _decoder_head(use: ModelUse, tape: Tape, x: Value, vocabulary: int, *, tied: bool) -> Value:
     if use.head == "next_token":
-        return tape.linear("lm_head", x, vocabulary, bias=False, tied=tied)
+        return _lm_head(use, tape, x, vocabulary, tied=tied)
     if use.head == "sequence":
         scores = tape.linear("score", x, use.outputs, bias=False)
         return Value(1, use.outputs, scores.size)
@@ -223,7 +229,8 @@ def _encoder(use: ModelUse, tape: Tape, shape: _Encoder) -> Value:
     if use.head == "masked_token":
         x = tape.activation(shape.act, tape.linear("transform", x, width))
         x = tape.layer_norm("transform_norm", x)
-        logits = tape.linear("decoder", x, vocabulary, tied=config.get("tie_word_embeddings", True))
+        tied = config.get("tie_word_embeddings", True)
+        logits = tape.scores("decoder", x, vocabulary, bias=True, tied=tied, fused=use.fused_loss)
         tape.weight("decoder.bias", (vocabulary,))
         return logits
     if use.head == "sequence":
@@ -279,7 +286,7 @@ def _t5(use: ModelUse, tape: Tape) -> Value:
         x = feed(attend(attend(x, first=layer == 0), memory))
     tape.unit("head")
     x = tape.rms_norm("final_layer_norm", x)
-    return tape.linear("lm_head", x, vocabulary, bias=False, tied=config.get("tie_word_embeddings", True))
+    return _lm_head(use, tape, x, vocabulary, tied=config.get("tie_word_embeddings", True))
 
 
 def _bart(use: ModelUse, tape: Tape) -> Value:
@@ -334,7 +341,7 @@ def _bart(use: ModelUse, tape: Tape) -> Value:
     tape.unit("head")
     if before:
         x = tape.layer_norm("layer_norm", x)
-    return tape.linear("lm_head", x, vocabulary, bias=False, tied=config.get("tie_word_embeddings", True))
+    return _lm_head(use, tape, x, vocabulary, tied=config.get("tie_word_embeddings", True))
 
 
 _ARCHITECTURES: dict[str, Callable[[ModelUse, Tape], Value]] = {

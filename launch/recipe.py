@@ -228,6 +228,12 @@ class ModelUse:
     padded: bool = True
     """Whether samples differ in length, so that the model is given a mask."""
     adapters: Adapters | None = None
+    fused_loss: bool = False
+    """Whether the loss is found some tokens at a time, with its gradients, so that never all scores are there."""
+
+
+LOSS_BYTES_CPU, LOSS_BYTES = 32 * 2**20, 512 * 2**20
+"""Scores in fp32 that such a loss has at once, on a CPU and elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,15 @@ class Unit:
     """Operations of a sample in its forward pass: two for each multiplication with a weight, or between tokens."""
 
 
+@dataclass(frozen=True)
+class Fused:
+    """A head that finds the loss some tokens at a time, with its gradients."""
+
+    width: int
+    """Numbers that it is given of a token."""
+    trained: bool
+
+
 @dataclass(eq=False)
 class Value:
     """A tensor of one sample: `rows` tokens of `width` numbers."""
@@ -84,6 +93,7 @@ class Tape:
         """With a `rank`, linear layers that `adapters` names have two more weights each, and only they are trained."""
         self.numbers = numbers
         self.units: list[Unit] = []
+        self.fused: Fused | None = None
         self._adapters, self._rank = tuple(adapters), rank
         self._trained = not rank
 
@@ -130,6 +140,16 @@ class Tape:
             self._adapter(name, x, width)
         out = Value(x.rows, width, self.product)
         self._seen(out)
+        return out
+
+    def scores(self, name: str, x: Value, classes: int, *, bias: bool, tied: bool, fused: bool) -> Value:
+        """Of a language model's head: a product, of which nothing is kept where the loss is `fused`."""
+        unit = self.units[-1]
+        before = unit.kept, unit.casts, x.kept
+        out = self.linear(name, x, classes, bias=bias, tied=tied)
+        if fused and not (self._rank and name in self._adapters):
+            unit.kept, unit.casts, x.kept = before
+            self.fused = Fused(x.width, self._trained)
         return out
 
     def _keep_for_product(self, x: Value) -> None:

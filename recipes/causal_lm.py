@@ -21,7 +21,7 @@ from pydantic import Field
 
 from launch.errors import ConfigError, DataError
 from launch.recipe import Batch, Prepared, Preview, RecipeContext, Samples, Stream
-from recipes.batches import IGNORED, lengths_of, summed_cross_entropy
+from recipes.batches import IGNORED, lengths_of
 from recipes.chat import (
     ChatArgs,
     Conversations,
@@ -37,6 +37,7 @@ from recipes.chat import (
 )
 from recipes.embedded import LANGUAGE_MODEL
 from recipes.embedded_chats import EMBEDDED_CHATS
+from recipes.head_loss import LossArgs, summed_loss, with_head_loss
 from recipes.models import ModelArgs, Source, check_model
 from recipes.packing import Blocks, Packed, Packing, Plan, check_isolation, collate, without_targets
 from recipes.rows import (
@@ -70,7 +71,7 @@ ENCODED = "conversations"
 """Name of the cache of encoded conversations."""
 
 
-class Args(ChatArgs, TextArgs, ModelArgs):
+class Args(ChatArgs, TextArgs, ModelArgs, LossArgs):
     """What a run file may set under `recipe_args`."""
 
     format: Literal["text", "chat", "instruction"] = "text"
@@ -97,7 +98,7 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     check_model(args)
     samples = (_text_samples if args.format == "text" else _chat_samples)(args, context)
     padded = args.chosen_packing != "continuous"
-    use = _source(args, context).use("next_token", args.block_size, padded=padded)
+    use = _source(args, context).use("next_token", args.block_size, padded=padded, fused_loss=args.fuses(context))
     return Preview(samples, args.block_size, METRICS, use)
 
 
@@ -140,7 +141,7 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
         model = source.build("AutoModelForCausalLM", config, tokenizer)
         if args.chosen_packing == "isolated":
             check_isolation(model, args.model)
-        return model
+        return with_head_loss(model, loss) if args.fuses(context) else model
 
     padded, width = args.chosen_packing != "continuous", context.width(args.pad_to_multiple_of, args.block_size)
     return Prepared(
@@ -279,15 +280,14 @@ def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of each token given those before it, summed; a scalar in fp32."""
     from torch.nn import functional
 
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
     if "position_ids" in batch:
         # transformers keeps documents apart by their positions, but only where it is given no mask of padding.
-        inputs: dict[str, torch.Tensor | None] = {"position_ids": batch["position_ids"]}
+        inputs["position_ids"] = batch["position_ids"]
     else:
-        inputs = {"attention_mask": batch.get("attention_mask")}
-    logits = model(input_ids=batch["input_ids"], **inputs, use_cache=False).logits
-    # Shift the small labels rather than copy the large logits.
+        inputs["attention_mask"] = batch.get("attention_mask")
     targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-    return summed_cross_entropy(logits, targets)
+    return summed_loss(model, inputs, targets)
 
 
 def count(batch: Batch) -> int:

@@ -20,9 +20,10 @@ from pydantic import Field, JsonValue
 
 from launch.errors import DataError
 from launch.recipe import Batch, Inference, Metrics, Prepared, Preview, RecipeContext, Scoring, Width
-from recipes.batches import IGNORED, count_targets, lengths_of, marks, padded, summed_cross_entropy, without_labels
+from recipes.batches import IGNORED, count_targets, lengths_of, marks, padded, without_labels
 from recipes.embedded import paragraphs
 from recipes.embedded_encoder import small_encoder
+from recipes.head_loss import LossArgs, summed_loss, summed_loss_and_best, with_head_loss
 from recipes.masking import Masked, MaskedStream, Masking
 from recipes.models import ModelArgs, Source, check_model
 from recipes.rows import (
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from recipes.masking import Numbers
 
 
-class Args(ModelArgs, RowArgs):
+class Args(ModelArgs, RowArgs, LossArgs):
     """What a run file may set under `recipe_args`."""
 
     text_column: str = "text"
@@ -67,9 +68,8 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     source = _source(args, context)
     samples = encoded_samples(context, "masked-lm", rows, _identity(args, source))
     tokens = args.max_length if args.join_texts else None
-    return Preview(
-        samples, tokens, ("pseudo_perplexity", "masked_accuracy"), source.use("masked_token", args.max_length)
-    )
+    use = source.use("masked_token", args.max_length, fused_loss=args.fuses(context))
+    return Preview(samples, tokens, ("pseudo_perplexity", "masked_accuracy"), use)
 
 
 def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:
@@ -98,9 +98,14 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
     identity = _identity(args, source)
     encoded = encode_rows(rows, context, "masked-lm", encode, identity, args.preparation_processes)
     masking = Masking(tokens.mask_token_id, tuple(tokens.all_special_ids), len(tokens), args.masked_share, context.seed)
+
+    def build_model() -> Any:
+        model = source.build("AutoModelForMaskedLM", config, tokens)
+        return with_head_loss(model, loss) if args.fuses(context) else model
+
     wrap = MaskedStream if isinstance(encoded.train, RowStream) else Masked
     return Prepared(
-        build_model=lambda: source.build("AutoModelForMaskedLM", config, tokens),
+        build_model=build_model,
         tokenizer=tokens,
         train=wrap(encoded.train, masking),
         validation=Masked(encoded.validation, replace(masking, seed=None)),
@@ -244,7 +249,7 @@ class Collate:
 
 def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of each target, summed; a scalar in fp32."""
-    return summed_cross_entropy(_logits(model, batch), batch["labels"])
+    return summed_loss(model, _inputs(batch), batch["labels"])
 
 
 def count(batch: Batch) -> int:
@@ -254,10 +259,11 @@ def count(batch: Batch) -> int:
 
 def predict(model: Inference, batch: Batch) -> tuple[torch.Tensor, list[Any]]:
     """The summed loss, and of each sample how many targets are told right, and how many there are."""
-    logits, labels = _logits(model, batch), batch["labels"]
-    right = (logits.argmax(-1) == labels).sum(-1)  # no token has the number IGNORED
-    targets = (labels != IGNORED).sum(-1)
-    return summed_cross_entropy(logits, labels), list(zip(right.tolist(), targets.tolist(), strict=True))
+    labels = batch["labels"]
+    summed, best = summed_loss_and_best(model, _inputs(batch), labels)
+    targets = labels != IGNORED
+    right = ((best == labels) & targets).sum(-1)
+    return summed, list(zip(right.tolist(), targets.sum(-1).tolist(), strict=True))
 
 
 def measure(counts: list[Any]) -> Metrics:
@@ -266,7 +272,5 @@ def measure(counts: list[Any]) -> Metrics:
     return {"masked_accuracy": right / max(targets, 1)}
 
 
-def _logits(model: Any, batch: Batch) -> torch.Tensor:
-    """Shape `(batch, seq, vocabulary)`."""
-    logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return logits
+def _inputs(batch: Batch) -> Batch:
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -263,7 +263,14 @@ class Source:
         return new
 
     def use(
-        self, head: Head, tokens: int, *, target_tokens: int = 0, outputs: int = 0, padded: bool = True
+        self,
+        head: Head,
+        tokens: int,
+        *,
+        target_tokens: int = 0,
+        outputs: int = 0,
+        padded: bool = True,
+        fused_loss: bool = False,
     ) -> ModelUse | None:
         """What the plan of memory follows from; None where the configuration cannot be seen from here."""
         stated = self._config_json()
@@ -272,7 +279,7 @@ class Source:
         args = self.args
         lora = Adapters(args.lora.r, args.lora.target_modules) if args.lora else None
         config = {**stated, **args.config_overrides, "dropout": args.dropout}
-        return ModelUse(config, head, tokens, target_tokens, outputs, padded, lora)
+        return ModelUse(config, head, tokens, target_tokens, outputs, padded, lora, fused_loss)
 
     def _config_json(self) -> Mapping[str, Any] | None:
         """The model's configuration as it was published, without torch or a network."""

@@ -19,7 +19,8 @@ from pydantic import Field, JsonValue
 from launch.errors import ConfigError, DataError
 from launch.recipe import Batch, Inference, Metrics, Prepared, Preview, RecipeContext, Scoring, Width
 from recipes import metrics
-from recipes.batches import count_targets, summed_cross_entropy, without_labels
+from recipes.batches import count_targets, without_labels
+from recipes.head_loss import LossArgs, summed_loss, with_head_loss
 from recipes.metric_options import check_options
 from recipes.models import Embedded, ModelArgs, Source, check_model
 from recipes.rows import (
@@ -52,7 +53,7 @@ GIVES = {
 """Numbers that a metric of texts gives; of a user's own only its result tells."""
 
 
-class SequenceArgs(ModelArgs, RowArgs):
+class SequenceArgs(ModelArgs, RowArgs, LossArgs):
     """The arguments that recipes of this kind share."""
 
     source_column: str = "source"
@@ -123,7 +124,11 @@ class Task:
         known = all(name in GIVES for name in args.metrics)
         given = tuple(number for name in args.metrics for number in GIVES.get(name, ()))
         names = (*given, "generated_length") if known and given else () if known else None
-        use = self._source.use("text_to_text", args.max_source_length, target_tokens=args.max_target_length)
+        use = self._source.use(
+            *("text_to_text", args.max_source_length),
+            target_tokens=args.max_target_length,
+            fused_loss=args.fuses(self.context),
+        )
         return Preview(samples, metrics=names, model=use)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -149,10 +154,16 @@ class Task:
             raise DataError("every row of the validation data has an empty source or target; give other data")
 
         def loss(model: torch.nn.Module | Inference, batch: Batch) -> torch.Tensor:
-            return summed_loss(model, batch, args.label_smoothing)
+            """Cross-entropy of each target token given the source and those before it, summed; a scalar in fp32."""
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+            return summed_loss(model, {**inputs, "use_cache": False}, batch["labels"], args.label_smoothing)
+
+        def build_model() -> Any:
+            model = writing.told(source.build("AutoModelForSeq2SeqLM", config, tokenizer))
+            return with_head_loss(model, loss) if args.fuses(self.context) else model
 
         return Prepared(
-            build_model=lambda: writing.told(source.build("AutoModelForSeq2SeqLM", config, tokenizer)),
+            build_model=build_model,
             tokenizer=tokenizer,
             train=encoded.train,
             validation=encoded.validation,
@@ -212,16 +223,6 @@ class Task:
         languages = ("source_language", "target_language", "source_language_code", "target_language_code")
         settings = {name: getattr(args, name, None) for name in (*told, *languages)}
         return {"version": 1, "tokenizer": self._source.tokenizer_identity(), **settings}
-
-
-# --- loss --------------------------------------------------------------------------------------------------
-
-
-def summed_loss(model: torch.nn.Module | Inference, batch: Batch, label_smoothing: float) -> torch.Tensor:
-    """Cross-entropy of each target token given the source and those before it, summed; a scalar in fp32."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    logits = model(**inputs, use_cache=False).logits
-    return summed_cross_entropy(logits, batch["labels"], label_smoothing)
 
 
 def count(batch: Batch) -> int:

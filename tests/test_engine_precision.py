@@ -8,6 +8,8 @@ import torch
 from launch.engine.precision import LossScale, check, forward_dtypes, names, optimizer_dtypes
 from launch.errors import TopologyError
 from launch.strategy import Dtypes
+from recipes.causal_lm import loss
+from recipes.head_loss import with_head_loss
 from tests import tiny
 
 
@@ -30,6 +32,10 @@ def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_patience() -> No
 def test_the_format_of_products_is_seen_at_the_head(build: Any, dtype: torch.dtype) -> None:
     model = build()
     ids = torch.ones(1, 4, dtype=torch.int64)
+    with_head_loss(model, loss)
+    with forward_dtypes(model) as seen, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        assert loss(model, {"input_ids": ids, "labels": ids}).dtype == torch.float32
+    assert seen == {dtype}, "of a head that gives the loss"
     with forward_dtypes(model) as seen, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model(input_ids=ids)
     assert seen == {dtype}

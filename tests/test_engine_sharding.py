@@ -60,7 +60,10 @@ def counting_passes(model: Any, calls: list[int]) -> Any:
 def trained(
     strategy: str, world_size: int, source: str, folder: str, bug: str = "", overrides: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """One whole run on this rank, from pretrained weights in `source`, with a planted bug if wanted."""
+    """One whole run on this rank, from pretrained weights in `source`, with a planted bug if wanted.
+
+    The single process, which all else is compared with, has all logits at once, the others those of five tokens.
+    """
     if bug:
         BUGS[bug]()
     import torch
@@ -71,13 +74,23 @@ def trained(
     from launch.engine.progress import Display
     from launch.engine.run import Run
     from launch.engine.sharding import make_accelerator
+    from recipes import head_loss
     from recipes.causal_lm import collate, count, loss
     from tests.test_engine_export import tokenizer
 
     plan = plan_for(strategy, world_size, Path(folder), *overrides)
     calls: list[int] = []
+    head_loss.LOSS_BYTES_CPU = 5 * 4 * tiny.VOCABULARY
+
+    def build_model() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(source)
+        if strategy != "single":
+            head_loss.with_head_loss(model, loss)
+            assert isinstance(model.get_output_embeddings().forward, head_loss.Head)
+        return counting_passes(model, calls)
+
     prepared = Prepared(
-        build_model=lambda: counting_passes(AutoModelForCausalLM.from_pretrained(source), calls),
+        build_model=build_model,
         tokenizer=tokenizer(),
         train=tiny.sequences(SAMPLES),
         validation=tiny.sequences(7, seed=1),  # rows do not divide over ranks

@@ -20,7 +20,7 @@ from launch.explain import explain
 from launch.memory import Need, Setting, checkpoint_bytes, need, numbers_of, optimizer_bytes, training_flops
 from launch.outline import Outline, outline
 from launch.plan import Plan, decide
-from launch.recipe import ModelUse
+from launch.recipe import LOSS_BYTES_CPU, Adapters, ModelUse
 from launch.strategy import Strategy
 from launch.topology import Machine, World, world_to_be
 from launch.utilisation import utilisation_of_a_token
@@ -108,6 +108,23 @@ def test_of_one_process_the_parts_are_those_one_counts_by_hand() -> None:
     assert found.activations == SAMPLES * sum(unit.kept for unit in drawn().units)
     assert needed(Strategy.SINGLE, accumulation=2).gradients == 4 * numbers
     assert needed(Strategy.DDP).gradients == 4 * numbers, "its buckets"
+
+
+def test_a_loss_that_is_found_in_pieces_needs_one_of_them_and_the_gradient_of_the_head_early() -> None:
+    use = replace(USE, fused_loss=True)
+    found = need(drawn(use=use), Strategy.SINGLE, ONE)
+    tokens, classes, width = SAMPLES * TOKENS, MODEL["vocab_size"], MODEL["hidden_size"]
+    piece = min(tokens * 4 * classes, LOSS_BYTES_CPU)
+    assert found.moment == "loss"
+    assert found.logits == 2 * piece + 4 * classes * width + 2 * 4 * tokens * width
+    many = replace(ONE, micro_batch_size=64)
+    pieces, whole = need(drawn(use=use), Strategy.SINGLE, many), need(drawn(), Strategy.SINGLE, many)
+    assert pieces.logits < whole.logits / 10 and pieces.total < whole.total
+    frozen = drawn(use=replace(use, adapters=Adapters(4)))
+    assert need(frozen, Strategy.SINGLE, ONE).logits == found.logits - 4 * classes * width
+    assert need(drawn(use=use), Strategy.XLA, many).logits == whole.logits, "where it is compiled it is not done"
+    head = drawn(use=replace(use, adapters=Adapters(4, ("lm_head",))))
+    assert head.fused is None, "an adapter of the head needs its scores"
 
 
 def test_with_few_samples_the_step_of_the_optimizer_needs_most() -> None:

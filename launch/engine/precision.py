@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from typing import Any
 
 import torch
 
@@ -79,14 +80,19 @@ class LossScale:
 def forward_dtypes(model: torch.nn.Module) -> Iterator[set[torch.dtype]]:
     """While active, collects what the last matrix product of the model (its head) comes out in.
 
-    The head, because it lies outside the blocks that `train.compile` compiles: a hook inside would change them.
+    The head, because it lies outside the blocks that `train.compile` compiles: a hook inside would change them. Where
+    its forward gives something else than its product, such as the loss, that says in `product_dtype` what it was in.
     """
     seen: set[torch.dtype] = set()
     products = [module for module in model.modules() if _is_product(module)]
     if not products:
         yield seen
         return
-    hook = products[-1].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+
+    def see(module: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
+        seen.add(getattr(module.forward, "product_dtype", None) or output.dtype)
+
+    hook = products[-1].register_forward_hook(see)
     try:
         yield seen
     finally:
