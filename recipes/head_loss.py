@@ -115,7 +115,8 @@ class Head:
         loss = linear_cross_entropy(
             *(hidden, layer.weight, bias, asked.targets, asked.label_smoothing, self.product_dtype), best=asked.best
         )
-        return (loss if added is None else loss - added[0, 0]).view(1, 1, 1)
+        # Not a view: FSDP2 hooks what a forward gives, and warns of views, on which it may lose its hooks.
+        return (loss if added is None else loss - added[0, 0]).view(1, 1, 1).clone()
 
 
 def with_head_loss(model: Any, loss: Callable[[Any, Batch], torch.Tensor]) -> Any:

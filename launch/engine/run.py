@@ -98,7 +98,7 @@ class Run:
         if not plan.processes.strategy.shards:
             model = moved(accelerator, model)
         self._seed_by_rank()
-        optimizer = make_optimizer(model, config.train, fused=accelerator.device.type == "cuda")
+        optimizer = make_optimizer(model, config.train, fused=accelerator.device.type in ("cpu", "cuda"))
         self.model, self.optimizer = spread(accelerator, model, optimizer)
         self.devices = devices_of(accelerator, plan)
         autocast = self._autocast()
