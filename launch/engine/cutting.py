@@ -17,7 +17,7 @@ PASS_TOKENS = 128
 """What one forward and backward pass costs however small it is, in the tokens that could be computed instead.
 
 Measured on two cores, a line through the times of batches of 8 to 1,024 tokens: 156 tokens for an encoder of 0.3 M
-weights (2.6 ms; 0.017 ms a token), 104 for 0.7 M, 74 for 4 M, 92 for 23 M, 69 for 67 M weights (110 ms; 1.6 ms a token).
+weights (2.6 ms; 0.017 ms a token), 104 for 0.7 M, 74 for 4 M, 92 for 23 M, 69 for 67 M (110 ms; 1.6 ms a token).
 Collating and counting come on top.
 """
 
