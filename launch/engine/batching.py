@@ -106,7 +106,7 @@ def deal_by_length(
     take turns at the longest sample of a step, beginning with rank `turn`: all of its cell is padded to that.
     """
     ordered = longest_first(indices, lengths)
-    dealt = []
+    dealt: list[MicroBatch] = []
     for start in range(0, len(ordered), micro_batch_size * world_size):
         row = ordered[start : start + micro_batch_size * world_size]
         for rows in parts(lengths[row[::world_size]]) if cut else [micro_batch_size]:
