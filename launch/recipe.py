@@ -233,7 +233,7 @@ class ModelUse:
 
 
 LOSS_BYTES_CPU, LOSS_BYTES = 128 * 2**20, 512 * 2**20
-"""Scores in fp32 that such a loss has at once, on a CPU (measured: with less it is slower) and elsewhere (not measured)."""
+"""Scores in fp32 that such a loss has at once, on a CPU (with less it was slower) and elsewhere (not measured)."""
 
 
 @dataclass(frozen=True)
