@@ -25,7 +25,7 @@ PACKAGES: dict[str, list[list[str]]] = {
     "transformers": [["--constraint", str(CONSTRAINTS), "--editable", str(ROOT)]],
     "trl": [["--constraint", str(CONSTRAINTS), "trl==1.16.0"]],
     "litgpt": [["litgpt==0.5.13"]],
-    "torchtune": [["torchao==0.18.0", "torchtune==0.6.1"]],
+    "torchtune": [["torchao==0.15.0", "torchtune==0.6.1"]],
 }
 """By name of an environment what pip is asked for, after torch, one call after the other."""
 

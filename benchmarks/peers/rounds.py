@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -59,13 +60,18 @@ def run(command: list[str], folder: Path, variables: Mapping[str, str]) -> Measu
         process = subprocess.Popen(
             command, cwd=folder, env={**environment, **variables}, stdout=output, stderr=subprocess.STDOUT
         )
-        while process.poll() is None:
-            now = _memory(process.pid)
-            together = max(together, sum(resident for resident, _ in now.values()))
-            for pid, (resident, peak) in now.items():  # one that has ended has none left, one may set it back
-                each[pid] = max(each.get(pid, 0), resident, peak)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(LOOK_SECONDS)
+        try:
+            while process.poll() is None:
+                now = _memory(process.pid)
+                together = max(together, sum(resident for resident, _ in now.values()))
+                for pid, (resident, peak) in now.items():  # one that has ended has none left, one may set it back
+                    each[pid] = max(each.get(pid, 0), resident, peak)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(LOOK_SECONDS)
+        finally:
+            if process.poll() is None:  # we are to end ourselves; every launcher sees to its ranks
+                process.terminate()
+                process.wait()
         seconds = time.perf_counter() - clock
         if process.returncode:
             output.seek(0)
@@ -93,6 +99,7 @@ def in_turn(
 
     Each is told to stderr at once, and kept. Who fails is told, and takes no further part.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was started is ended too
     found: dict[str, list[dict[str, float]]] = {}
     left = list(names)
     for number in range(rounds):
