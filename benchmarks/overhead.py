@@ -21,7 +21,12 @@ import yaml
 from benchmarks.peers.install import ROOT
 from benchmarks.peers.rounds import Column, in_turn, machine, run, table
 
-SIZES = {"64": (1, 64, 32, 4, 600), "128": (2, 128, 64, 8, 300), "256": (4, 256, 128, 8, 60), "512": (6, 512, 256, 8, 14)}
+SIZES = {
+    "64": (1, 64, 32, 4, 600),
+    "128": (2, 128, 64, 8, 300),
+    "256": (4, 256, 128, 8, 60),
+    "512": (6, 512, 256, 8, 14),
+}
 """By the model's width: layers, width, tokens in a row, rows in an update, updates."""
 
 SKIPPED = 0.2

@@ -91,8 +91,9 @@ CONTENDERS = {
     for contender in (
         Contender("shoal", "transformers", tasks=ALL),
         Contender("shoal, compiled", "transformers", settings={"train": {"compile": True}}),
-        Contender("shoal, packed", "transformers", tasks=("instruction",),
-                  settings={"recipe_args": {"packing": "isolated"}}),
+        Contender(
+            "shoal, packed", "transformers", tasks=("instruction",), settings={"recipe_args": {"packing": "isolated"}}
+        ),
         Contender("PyTorch alone", "transformers", f"{_HERE}with_torch"),
         Contender("Accelerate loop", "transformers", f"{_HERE}with_accelerate", tasks=ALL),
         Contender("Trainer", "transformers", f"{_HERE}with_trainer", tasks=ALL),

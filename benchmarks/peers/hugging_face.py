@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import datasets
-from benchmarks.peers.ticks import Ticks
-from benchmarks.peers.workload import Workload
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     default_data_collator,
 )
+
+from benchmarks.peers.ticks import Ticks
+from benchmarks.peers.workload import Workload
 
 datasets.disable_progress_bars()
 

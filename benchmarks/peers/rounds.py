@@ -167,4 +167,6 @@ def machine() -> str:
     names = ("torch", "transformers", "accelerate", "datasets")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     cores = len(os.sched_getaffinity(0))
-    return f"{found[1] if found else platform.processor()}, {cores} cores, Python {platform.python_version()}, {versions}"
+    return (
+        f"{found[1] if found else platform.processor()}, {cores} cores, Python {platform.python_version()}, {versions}"
+    )

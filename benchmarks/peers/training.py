@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.peers.contenders import ALL, CONTENDERS, Contender
-from benchmarks.peers.rounds import CommandError, Column, in_turn, machine, table
+from benchmarks.peers.rounds import Column, CommandError, in_turn, machine, table
 from benchmarks.peers.workload import SIZES, Workload, make
 
 LENGTHS = {"blocks": 256, "classification": 128, "translation": 64, "instruction": 128}
@@ -50,6 +50,27 @@ COLUMNS = (
 )
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Options of model and data."""
+    parser.add_argument("--size", choices=SIZES, help="of the model")
+    parser.add_argument("--vocabulary", type=int, help="that the model has outputs for; the tokenizer's by default")
+    parser.add_argument("--batch", type=int, help="rows in an update, over all ranks")
+    parser.add_argument("--length", type=int, help="tokens in a block or in the longest row")
+    parser.add_argument("--rows", type=Path, help="a text; else a tsv file of two columns, without a header")
+    parser.add_argument("--tokenizer", type=Path, help="folder of one; else one is made of the rows")
+
+
+def names_of(only: str, workload: Workload) -> list[str]:
+    """The contenders that are asked for, can do it and are installed; all without names."""
+    names = [name.strip().replace("+", ",") for name in only.split(",")] if only else list(CONTENDERS)
+    if unknown := set(names) - set(CONTENDERS):
+        sys.exit(f"{', '.join(unknown)}: there are {'; '.join(CONTENDERS)}")
+    part = [name for name in names if CONTENDERS[name].takes(workload)]
+    if missing := [name for name in part if not CONTENDERS[name].installed()]:
+        print(f"not installed: {', '.join(missing)}", file=sys.stderr)
+    return [name for name in part if name not in missing]
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -57,30 +78,18 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="names of contenders, between commas; a comma of a name is a +")
-    parser.add_argument("--size", choices=SIZES, default=None, help="of the model")
-    parser.add_argument("--vocabulary", type=int, help="that the model has outputs for; the tokenizer's by default")
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--skip", type=int, default=4, help="updates at the beginning that are not timed")
-    parser.add_argument("--batch", type=int, help="rows in an update, over all ranks")
-    parser.add_argument("--length", type=int, help="tokens in a block or in the longest row")
-    parser.add_argument("--rows", type=Path, help="a text; else a tsv file of two columns, without a header")
-    parser.add_argument("--tokenizer", type=Path, help="folder of one; else one is made of the rows")
+    add_data(parser)
     given = parser.parse_args()
     task, length = given.task, given.length or LENGTHS[given.task]
     size = given.size or ("medium" if task == "blocks" else "small")
-    only = [name.strip().replace("+", ",") for name in given.only.split(",")] if given.only else list(CONTENDERS)
-    if unknown := set(only) - set(CONTENDERS):
-        sys.exit(f"{', '.join(unknown)}: there are {'; '.join(CONTENDERS)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make(task, folder, size, given.vocabulary, given.tokenizer, given.rows, length)
         batch = given.batch or BATCHES[task]
         workload = Workload(task, folder, length, batch, given.updates, given.ranks)
-        part = [each for each in only if CONTENDERS[each].takes(workload)]
-        missing = [each for each in part if not CONTENDERS[each].installed()]
-        if missing:
-            print(f"not installed: {', '.join(missing)}", file=sys.stderr)
-        part = [each for each in part if each not in missing]
+        part = names_of(given.only, workload)
         title = f"training {task} {size} on {given.ranks}"
         found = in_turn(part, given.rounds, lambda each: numbers(CONTENDERS[each], workload, given.skip), title)
     print(f"{title}: batch {batch}, at most {length} tokens a row, {given.rounds} rounds; {machine()}\n")

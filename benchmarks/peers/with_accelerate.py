@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
 from benchmarks.peers.hugging_face import Counted, Task
 from benchmarks.peers.ticks import Ticks
 from benchmarks.peers.workload import Workload
-from torch.utils.data import DataLoader
-from transformers import get_scheduler
 
 
 def groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -62,9 +63,7 @@ def main(workload: Workload, out: Path) -> None:
     validation = DataLoader(task.features["validation"], batch_size=size, collate_fn=collator)
     optimizer = torch.optim.AdamW(groups(model, workload.weight_decay), lr=workload.learning_rate)
     scheduler = get_scheduler("constant", optimizer, num_training_steps=workload.updates * workload.ranks)
-    model, optimizer, train, validation, scheduler = accelerator.prepare(
-        model, optimizer, train, validation, scheduler
-    )
+    model, optimizer, train, validation, scheduler = accelerator.prepare(model, optimizer, train, validation, scheduler)
     for _ in range(workload.evaluations):
         before, began = counted.tokens, time.perf_counter()
         written = evaluate(accelerator, model, validation, task)

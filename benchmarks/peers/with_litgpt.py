@@ -14,14 +14,15 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from benchmarks.peers.ticks import Ticks
-from benchmarks.peers.workload import Workload
 from lightning.fabric.loggers.logger import Logger
 from litgpt import pretrain
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data import DataModule
 from torch.utils.data import DataLoader
+
+from benchmarks.peers.ticks import Ticks
+from benchmarks.peers.workload import Workload
 
 
 class Notes(Logger):

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks.peers.ticks import Ticks
-from benchmarks.peers.workload import Workload
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.peers.ticks import Ticks
+from benchmarks.peers.workload import Workload
 
 
 def main(workload: Workload, out: Path) -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks.peers.ticks import Ticks
-from benchmarks.peers.workload import Workload
 from torch.utils.data import DataLoader
 from torchtune import training, utils
 from torchtune.data import padded_collate_sft
 from torchtune.models.llama2 import llama2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+from benchmarks.peers.ticks import Ticks
+from benchmarks.peers.workload import Workload
 
 
 def main(workload: Workload, out: Path) -> None:

@@ -8,9 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.hugging_face import Counted, Task
-from benchmarks.peers.ticks import Ticks
-from benchmarks.peers.workload import Workload
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -20,6 +17,10 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+
+from benchmarks.peers.hugging_face import Counted, Task
+from benchmarks.peers.ticks import Ticks
+from benchmarks.peers.workload import Workload
 
 
 class Notes(TrainerCallback):
