@@ -99,7 +99,7 @@ class Counted:
         self.tokens, self._before, self._ticks = 0, 0, ticks
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, model: Any, given: Any, named: dict[str, Any]) -> None:
+    def _count(self, _: Any, __: Any, named: dict[str, Any]) -> None:
         if named.get("attention_mask") is not None and named.get("labels") is not None:
             self.tokens += int(named["attention_mask"].sum())
 

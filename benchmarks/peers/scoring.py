@@ -2,8 +2,8 @@
 
 python -m benchmarks.peers.scoring [--task translation] [--ranks 1] [--rounds 3] [--only shoal,Trainer]
 
-Before it, once: python -m benchmarks.peers.install. The model has random weights, so that texts of `translation` go on to
-their greatest length in all contenders. shoal measures BLEU of them besides, which the others do not.
+Before it, once: python -m benchmarks.peers.install. The model has random weights, so that texts of `translation` go on
+to their greatest length in all contenders. shoal measures BLEU of them besides, which the others do not.
 """
 
 from __future__ import annotations

@@ -33,13 +33,14 @@ class Notes(Logger):
 
     name, version = "notes", 0
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # noqa: ARG002
+        """Note an update."""
         if "loss" in metrics:
             self._ticks.update(self._tokens)
             self._ticks.loss = float(metrics["loss"])
 
-    def log_hyperparams(self, *given: Any, **named: Any) -> None:
-        pass
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Leave them."""
 
 
 class Blocks(DataModule):
@@ -49,7 +50,8 @@ class Blocks(DataModule):
         super().__init__()
         self._workload = workload
 
-    def connect(self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
+    def connect(self, batch_size: int = 1, **_: Any) -> None:
+        """Take the size of a batch."""
         self._size = batch_size
 
     def _loader(self, split: str) -> DataLoader[Any]:
@@ -59,9 +61,11 @@ class Blocks(DataModule):
         return DataLoader(blocks, batch_size=self._size, shuffle=split == "train", drop_last=True)
 
     def train_dataloader(self) -> DataLoader[Any]:
+        """In random order."""
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Any]:
+        """In their own order."""
         return self._loader("validation")
 
 

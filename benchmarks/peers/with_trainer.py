@@ -29,7 +29,8 @@ class Notes(TrainerCallback):
     def __init__(self, counted: Counted) -> None:
         self._counted = counted
 
-    def on_step_end(self, *given: Any, **named: Any) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Called by the Trainer."""
         self._counted.update()
 
 
