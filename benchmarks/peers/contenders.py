@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,11 +70,10 @@ class Contender:
         return [str(python)]
 
     def _variables(self, workload: Workload) -> dict[str, str]:
-        """One thread for each core of this machine over all ranks; what was prepared is kept between rounds."""
-        threads = max(1, len(os.sched_getaffinity(0)) // workload.ranks)
+        """What was prepared is kept between rounds."""
         caches = {name: str(workload.folder / "cache") for name in ("SHOAL_CACHE", "HF_DATASETS_CACHE")}
         path = {} if self.environment == "transformers" and not self.module else {"PYTHONPATH": str(ROOT)}
-        return {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **caches, **path}
+        return {"OMP_NUM_THREADS": str(workload.threads), "HF_HUB_OFFLINE": "1", **caches, **path}
 
 
 def _read(path: Path) -> Ticks:

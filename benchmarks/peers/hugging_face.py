@@ -53,7 +53,8 @@ class Task:
         return DataCollatorForSeq2Seq(self.tokenizer, model if self.workload.task == "translation" else None)
 
     def _features(self, split: str) -> datasets.Dataset:
-        rows = datasets.Dataset.from_list(self.workload.rows(split))
+        file = str(self.workload.folder / f"{split}.jsonl")
+        rows = datasets.load_dataset("json", data_files=file, split="train")  # kept in the cache, as what map makes
         if self.workload.task == "classification" and split == "train":
             self._labels = sorted(rows.unique("label"))
         tokenise = getattr(self, f"_{self.workload.task}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.peers.contenders import CONTENDERS, Contender
 from benchmarks.peers.rounds import Column, in_turn, machine, table
-from benchmarks.peers.training import BATCHES, LENGTHS, add_data, names_of
+from benchmarks.peers.training import BATCHES, LENGTHS, add_data, names_of, threads_of
 from benchmarks.peers.workload import Workload, make
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make(task, Path(folder), given.size or "small", given.vocabulary, given.tokenizer, given.rows, length)
         batch = given.batch or BATCHES[task]
-        workload = Workload(task, Path(folder), length, batch, 1, given.ranks, evaluations=2)
+        workload = Workload(task, Path(folder), length, batch, 1, given.ranks, threads_of(given), evaluations=2)
         part = names_of(given.only, workload)
         title = f"scoring {task} on {given.ranks}"
         found = in_turn(part, given.rounds, lambda each: numbers(CONTENDERS[each], workload), title)

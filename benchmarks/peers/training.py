@@ -10,6 +10,7 @@ runs/benchmarks/.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -33,6 +34,7 @@ def numbers(contender: Contender, workload: Workload, skip: int) -> dict[str, fl
     return {
         "tokens_per_second": tokens / (times[-1] - times[skip - 1]) if skip < len(times) else 0.0,
         "update_seconds": each_update[len(each_update) // 2] if each_update else 0.0,
+        "least_update_seconds": each_update[0] if each_update else 0.0,
         "first_update_seconds": times[0] - measured.began,
         "all_bytes": measured.all_bytes,
         "process_bytes": measured.process_bytes,
@@ -43,6 +45,7 @@ def numbers(contender: Contender, workload: Workload, skip: int) -> dict[str, fl
 COLUMNS = (
     Column("tokens/s", "tokens_per_second", against=True),
     Column("ms an update", "update_seconds", ",.1f", unit=0.001),
+    Column("ms, the fastest", "least_update_seconds", ",.1f", unit=0.001, against=True),
     Column("first update after, s", "first_update_seconds", ".1f", against=True),
     Column("memory of one process at most, MB", "process_bytes", unit=1e6, against=True),
     Column("of all, MB", "all_bytes", unit=1e6),
@@ -55,9 +58,16 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, help="of the model")
     parser.add_argument("--vocabulary", type=int, help="that the model has outputs for; the tokenizer's by default")
     parser.add_argument("--batch", type=int, help="rows in an update, over all ranks")
+    parser.add_argument("--threads", type=int, help="of a rank; the cores that it has by default")
     parser.add_argument("--length", type=int, help="tokens in a block or in the longest row")
     parser.add_argument("--rows", type=Path, help="a text; else a tsv file of two columns, without a header")
     parser.add_argument("--tokenizer", type=Path, help="folder of one; else one is made of the rows")
+
+
+def threads_of(given: argparse.Namespace) -> int:
+    """Of a rank: as many as there are cores for it. With others on the machine fewer are steadier."""
+    stated: int | None = given.threads
+    return stated or max(1, len(os.sched_getaffinity(0)) // given.ranks)
 
 
 def names_of(only: str, workload: Workload) -> list[str]:
@@ -88,11 +98,12 @@ def main() -> None:
         folder = Path(name)
         make(task, folder, size, given.vocabulary, given.tokenizer, given.rows, length)
         batch = given.batch or BATCHES[task]
-        workload = Workload(task, folder, length, batch, given.updates, given.ranks)
+        workload = Workload(task, folder, length, batch, given.updates, given.ranks, threads_of(given))
         part = names_of(given.only, workload)
         title = f"training {task} {size} on {given.ranks}"
         found = in_turn(part, given.rounds, lambda each: numbers(CONTENDERS[each], workload, given.skip), title)
-    print(f"{title}: batch {batch}, at most {length} tokens a row, {given.rounds} rounds; {machine()}\n")
+    threads = f"{workload.threads} threads a rank"
+    print(f"{title}: batch {batch}, at most {length} tokens a row, {threads}, {given.rounds} rounds; {machine()}\n")
     print(table(found, COLUMNS))
 
 

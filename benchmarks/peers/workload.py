@@ -46,6 +46,8 @@ class Workload:
     """Rows in one update, over all ranks."""
     updates: int
     ranks: int = 1
+    threads: int = 1
+    """Of each rank."""
     learning_rate: float = 3e-4
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
