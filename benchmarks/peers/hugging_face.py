@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from benchmarks.peers.ticks import Ticks
-from benchmarks.peers.workload import Workload
+from benchmarks.peers.workload import COLUMNS, Workload
 
 datasets.disable_progress_bars()
 
@@ -54,7 +54,9 @@ class Task:
 
     def _features(self, split: str) -> datasets.Dataset:
         file = str(self.workload.folder / f"{split}.jsonl")
-        rows = datasets.load_dataset("json", data_files=file, split="train")  # kept in the cache, as what map makes
+        texts = datasets.Features({name: datasets.Value("string") for name in COLUMNS[self.workload.task]})
+        # Kept in the cache, as is what map makes of it; without features a column of dates would be one of times.
+        rows = datasets.load_dataset("json", data_files=file, features=texts, split="train")
         if self.workload.task == "classification" and split == "train":
             self._labels = sorted(rows.unique("label"))
         tokenise = getattr(self, f"_{self.workload.task}")
