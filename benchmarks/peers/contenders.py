@@ -50,13 +50,13 @@ class Contender:
             given, out = Path(folder) / "workload.json", Path(folder) / "ticks"
             workload.write(given)
             command = [*self._starter(workload.ranks), "-m", self.module, str(given), str(out), *self.options]
-            measured = run(command, Path(folder), self._variables(workload))
+            measured = run(command, Path(folder), self._variables(workload), workload.threads * workload.ranks)
             return measured, [_read(path) for path in sorted(Path(folder).glob("ticks.*[0-9]"))]
 
     def _measure_shoal(self, workload: Workload, folder: Path) -> tuple[Measured, list[Ticks]]:
         (folder / "run.yaml").write_text(yaml.safe_dump(with_shoal.run_file(workload, self.settings)))
         command = [str(interpreter(self.environment).with_name("shoal")), "run", "run.yaml", "--out", "out"]
-        measured = run(command, folder, self._variables(workload))
+        measured = run(command, folder, self._variables(workload), workload.threads * workload.ranks)
         return measured, [with_shoal.ticks(workload, folder / "out")]
 
     def _starter(self, ranks: int) -> list[str]:
