@@ -1,0 +1,58 @@
+"""Evaluation side by side: rows a second, the loss alone or with texts written for each row.
+
+python -m benchmarks.peers.scoring [--task translation] [--ranks 1] [--rounds 3] [--only shoal,Trainer]
+
+Before it, once: python -m benchmarks.peers.install. The model has random weights, so that texts of `translation` go on
+to their greatest length in all contenders. shoal measures BLEU of them besides, which the others do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import tempfile
+from pathlib import Path
+
+from benchmarks.peers.contenders import CONTENDERS, Contender
+from benchmarks.peers.rounds import Column, in_turn, machine, table
+from benchmarks.peers.training import BATCHES, LENGTHS, add_data, names_of, threads_of
+from benchmarks.peers.workload import Workload, make
+
+
+def numbers(contender: Contender, workload: Workload) -> dict[str, float]:
+    """Of one run, which makes one update besides."""
+    _, ticks = contender.measure(workload)
+    seconds = statistics.median(spent for spent, _ in ticks[0].evaluations)
+    rows = len(workload.rows("validation"))
+    if workload.task == "blocks":
+        rows = math.ceil((workload.folder / "validation.bin").stat().st_size / 4 / workload.length)
+    return {"rows_per_second": rows / seconds, "seconds": seconds}
+
+
+COLUMNS = (Column("rows/s", "rows_per_second", ",.1f", against=True), Column("s an evaluation", "seconds", ".2f"))
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--task", choices=LENGTHS, default="translation")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="shoal,Accelerate loop,Trainer", help="names of contenders, between commas")
+    add_data(parser)
+    given = parser.parse_args()
+    task, length = given.task, given.length or LENGTHS[given.task]
+    with tempfile.TemporaryDirectory() as folder:
+        make(task, Path(folder), given.size or "small", given.vocabulary, given.tokenizer, given.rows, length)
+        batch = given.batch or BATCHES[task]
+        workload = Workload(task, Path(folder), length, batch, 1, given.ranks, threads_of(given), evaluations=2)
+        part = names_of(given.only, workload)
+        title = f"scoring {task} on {given.ranks}"
+        found = in_turn(part, given.rounds, lambda each: numbers(CONTENDERS[each], workload), title)
+    print(f"{title}: batch {batch}, at most {length} tokens a row, {given.rounds} rounds; {machine()}\n")
+    print(table(found, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
