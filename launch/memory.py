@@ -170,7 +170,7 @@ def _some_logits(outline: Outline, strategy: Strategy, setting: Setting) -> tupl
     in_pieces = piece + piece * outline.product // FULL  # logits, and logarithms of the probabilities in fp32
     # The gradient of the weight is handed on, in low numbers as a copy.
     handed_on = gradient * (numbers_of(strategy, low) == "low")
-    return in_pieces + gradient + copies + 2 * given, handed_on + 2 * given
+    return in_pieces + gradient + copies + 2 * given, handed_on + 3 * given
 
 
 class _Spread(ABC):

@@ -201,30 +201,28 @@ def _function() -> Any:
         """Finds gradients with the loss, and hands them out, times the gradient of the loss, in the backward pass.
 
         In fp16 they are found in the backward pass, from scores computed once more: only then the loss scale is known,
-        without which small gradients would vanish.
+        without which small gradients would vanish. So they are where a retained graph is gone through again.
         """
 
         @staticmethod
         def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, *others: Any) -> Any:
             targets, label_smoothing, wanted, best = others
-            ctx.late = hidden.dtype == torch.float16 and any(wanted)
-            now = (False, False, False) if ctx.late else wanted
-            loss, ctx.gradients = _walk(hidden, weight, bias, targets, label_smoothing, now, best=best)
-            if ctx.late:
-                ctx.save_for_backward(hidden, weight, bias, targets)
-                ctx.label_smoothing, ctx.wanted = label_smoothing, wanted
+            now = wanted if hidden.dtype != torch.float16 else (False, False, False)
+            loss, gradients = _walk(hidden, weight, bias, targets, label_smoothing, now, best=best)
+            ctx.gradients = gradients if any(now) else None
+            ctx.label_smoothing, ctx.wanted = label_smoothing, wanted
+            ctx.save_for_backward(hidden, weight, bias, targets)
             return loss
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, grad_output: Any) -> Any:
-            if ctx.late:
-                hidden, weight, bias, targets = ctx.saved_tensors
+            hidden, weight, bias, targets = ctx.saved_tensors
+            gradients, ctx.gradients = ctx.gradients, None  # they are changed in place, and may become a weight's
+            if gradients is None:
                 told = ctx.label_smoothing, ctx.wanted
                 _, gradients = _walk(hidden, weight, bias, targets, *told, scale=grad_output)
             else:
-                assert ctx.gradients is not None, "they are changed in place, so there is one backward pass"
-                gradients, ctx.gradients = ctx.gradients, None
                 for gradient in gradients:
                     if gradient is not None:
                         gradient.mul_(grad_output)

@@ -104,6 +104,17 @@ def test_of_what_is_frozen_no_gradient_is_found(frozen: str, monkeypatch: pytest
         assert off(*(torch.autograd.grad(loss, tensor)[0] for loss in (got, expected))) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_retained_graph_can_be_gone_through_again(dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(9, WIDTH, requires_grad=True), torch.randn(CLASSES, WIDTH, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, None, torch.arange(9), 0.1, dtype)
+    first = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    for ours, theirs in zip(torch.autograd.grad(loss * 2, [hidden, weight]), first, strict=True):
+        assert off(ours, 2 * theirs) < 1e-3
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
 def test_small_gradients_of_fp16_do_not_vanish_before_their_scale() -> None:
     """Probabilities of 3e-9 are 0 in fp16; times a loss scale of 65,536 they are not."""
     hidden = torch.ones(4, 8, requires_grad=True)

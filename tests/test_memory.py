@@ -119,7 +119,7 @@ def test_a_loss_that_is_found_in_pieces_needs_one_of_them_and_the_gradient_of_th
     assert found.logits == 2 * piece + 4 * classes * width + 2 * 4 * tokens * width
     many = replace(ONE, micro_batch_size=64)
     pieces, whole = need(drawn(use=use), Strategy.SINGLE, many), need(drawn(), Strategy.SINGLE, many)
-    assert pieces.logits < whole.logits / 10 and pieces.total < whole.total
+    assert pieces.logits < whole.logits / 4 and pieces.total < whole.total
     frozen = drawn(use=replace(use, adapters=Adapters(4)))
     assert need(frozen, Strategy.SINGLE, ONE).logits == found.logits - 4 * classes * width
     assert need(drawn(use=use), Strategy.XLA, many).logits == whole.logits, "where it is compiled it is not done"
