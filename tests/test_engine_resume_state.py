@@ -38,6 +38,8 @@ from tests.gloo import run_ranks
 from tests.test_engine_resume import SAMPLES, UPDATES, assert_same, attempt, in_attempts, records
 
 NO_EXPORT = "save.export=false"
+AS_THEY_COME = "train.group_by_length=off"
+"""Where numbers that dropout has a part in must take a certain course."""
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +205,14 @@ def test_a_stream_goes_on_where_it_was(
 
 # --- the best checkpoints --------------------------------------------------------------------------------
 
-BEST = ("save.keep_best=2", "save.keep_last=1", "eval.every_steps=1", "train.learning_rate=1e-2", NO_EXPORT)
+BEST = (
+    "save.keep_best=2",
+    "save.keep_last=1",
+    "eval.every_steps=1",
+    "train.learning_rate=1e-2",
+    NO_EXPORT,
+    AS_THEY_COME,
+)
 
 
 @pytest.mark.dist
@@ -294,7 +303,7 @@ def scale_that_changes() -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_the_loss_scale_goes_on(strategy: str, source: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    overrides = ("train.precision=fp16", "save.every_steps=1", "save.keep_last=null", NO_EXPORT)
+    overrides = ("train.precision=fp16", "save.every_steps=1", "save.keep_last=null", NO_EXPORT, AS_THEY_COME)
     (expected,) = in_attempts(source, whole, [(strategy, 2, None)], *overrides, before=scale_that_changes)
     attempts = [(strategy, 2, 7), (strategy, 2, None)]
     results = in_attempts(source, parts, attempts, *overrides, before=scale_that_changes)
