@@ -194,7 +194,7 @@ class _Spread(ABC):
 
     @abstractmethod
     def step(self) -> tuple[int, int]:
-        """Bytes of gradients, and to work in, while the weights are changed."""
+        """Bytes of gradients, and to work in, while the weights are changed; a fused AdamW needs nothing for that."""
 
 
 class _Whole(_Spread):
@@ -216,7 +216,7 @@ class _Whole(_Spread):
         return FULL * _largest(self.units[position]) if self._stay else 0
 
     def step(self) -> tuple[int, int]:
-        return self.gradients(-1), _copies(self.setting, max(map(_largest, self.units)))
+        return self.gradients(-1), 0
 
 
 class _Sharded(_Spread):
@@ -257,8 +257,7 @@ class _Sharded(_Spread):
         return self.forward(position) + (self.compute + FULL) * _trained(self.units[position])
 
     def step(self) -> tuple[int, int]:
-        largest = max(_rows(weight, self._world) for unit in self.units for weight in unit.weights)
-        return self.gradients(-1), _copies(self.setting, largest)
+        return self.gradients(-1), 0
 
 
 class _Zero(_Spread):
@@ -303,11 +302,11 @@ class _Zero(_Spread):
         return self.forward(position) + gathered * self._bucket + self.compute * _largest(self.units[position])
 
     def step(self) -> tuple[int, int]:
-        """The gradients of this part in fp32, and what torch's AdamW makes of all of it at once."""
+        """The gradients of this part, and once more in fp32."""
         if self._parked:
             return 0, 0
         gradients = self.compute * self._part if self._stage < 3 else 0
-        return gradients, FULL * self._part + _copies(self.setting, self._part)
+        return gradients, FULL * self._part
 
 
 _SPREADS: Mapping[str, type[_Whole] | type[_Sharded] | type[_Zero]] = {
@@ -329,11 +328,6 @@ def _trained(unit: Unit) -> int:
 
 def _largest(unit: Unit) -> int:
     return max((weight.numel for weight in unit.weights if weight.trained), default=0)
-
-
-def _copies(setting: Setting, numbers: int) -> int:
-    """Bytes of two tensors that torch's AdamW makes for each weight, but for the fused one of GPUs."""
-    return 2 * FULL * numbers if setting.on_cpu and setting.optimizer == "adamw" else 0
 
 
 def _rows(weight: Weight, world: int) -> int:
