@@ -192,9 +192,9 @@ class _Spread(ABC):
     def backward(self, position: int) -> int:
         """The same in its backward pass."""
 
-    @abstractmethod
     def step(self) -> tuple[int, int]:
         """Bytes of gradients, and to work in, while the weights are changed; a fused AdamW needs nothing for that."""
+        return self.gradients(-1), 0
 
 
 class _Whole(_Spread):
@@ -214,9 +214,6 @@ class _Whole(_Spread):
     def backward(self, position: int) -> int:
         """One is found before it is added to the one that is there."""
         return FULL * _largest(self.units[position]) if self._stay else 0
-
-    def step(self) -> tuple[int, int]:
-        return self.gradients(-1), 0
 
 
 class _Sharded(_Spread):
@@ -255,9 +252,6 @@ class _Sharded(_Spread):
     def backward(self, position: int) -> int:
         """The whole gradient too, and once more in fp32 to be summed."""
         return self.forward(position) + (self.compute + FULL) * _trained(self.units[position])
-
-    def step(self) -> tuple[int, int]:
-        return self.gradients(-1), 0
 
 
 class _Zero(_Spread):

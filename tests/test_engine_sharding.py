@@ -87,7 +87,9 @@ def trained(
         if strategy != "single":
             head_loss.with_head_loss(model, loss)
             # Weights that are sharded already compute nothing, so that bug leaves the loss as it was.
-            assert bug or isinstance(model.get_output_embeddings().forward, head_loss.Head)
+            assert bug == tell_transformers_of_zero3.__name__ or isinstance(
+                model.get_output_embeddings().forward, head_loss.Head
+            )
         return counting_passes(model, calls)
 
     prepared = Prepared(

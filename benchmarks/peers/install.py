@@ -23,7 +23,6 @@ CONSTRAINTS = ROOT / "constraints.txt"
 
 PACKAGES: dict[str, list[list[str]]] = {
     "transformers": [["--constraint", str(CONSTRAINTS), "--editable", str(ROOT)]],
-    "trl": [["--constraint", str(CONSTRAINTS), "trl==1.16.0"]],
     "litgpt": [["litgpt==0.5.13"]],
     "torchtune": [["torchao==0.15.0", "torchtune==0.6.1"]],
 }
@@ -36,7 +35,7 @@ def interpreter(name: str) -> Path:
 
 
 def torch_version() -> str:
-    """The one of constraints.txt: asked for exactly, it is the build that this machine's index gives everybody."""
+    """The one of constraints.txt, so that all contenders compute with the same."""
     found = re.search(r"^torch==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE)
     assert found, "constraints.txt names a torch"
     return found[1]

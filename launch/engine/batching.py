@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import tee
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -177,8 +178,9 @@ class Loader:
 
     def load(self, windows: Callable[[], Iterable[Window]]) -> Work:
         """Each of `windows()` with its batches."""
-        batches = self.feed((window.epoch, each.samples) for window in windows() for each in window.micro_batches)
-        return ((window, [next(batches) for _ in window.micro_batches]) for window in windows())
+        ahead, now = tee(windows())  # data workers are ahead; a window is dealt out once
+        batches = self.feed((window.epoch, each.samples) for window in ahead for each in window.micro_batches)
+        return ((window, [next(batches) for _ in window.micro_batches]) for window in now)
 
 
 @dataclass(frozen=True)
