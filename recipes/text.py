@@ -20,6 +20,11 @@ from recipes.files import check_columns, check_named, find_files, format_of, rea
 
 Documents = Literal["auto", "row", "paragraph", "file"]
 
+CHARACTERS = 32_000
+"""Of a piece, about: lines are not tokenised one by one, for that takes more than twice as long as 32,000 characters at
+once, and no tokens would reach over the end of a line, as they do in what pretrained models have read.
+"""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -66,24 +71,37 @@ def _as_text(value: Any, where: Path | str, text_column: str) -> str:
 
 
 def _as_documents(rows: Iterator[str], unit: str) -> Iterator[Piece]:
-    """Mark where documents end. Empty rows are no documents of their own."""
-    pending: str | None = None
+    """Mark where documents end. Empty rows are no documents of their own; lines of one document are put together."""
+    pending: list[str] = []
+    size = 0
     for row in rows:
         if unit == "row":
             text = row.rstrip("\r\n")
             if text.strip():
                 yield Piece(text, ends_document=True)
             continue
-        if unit == "paragraph" and not row.strip():
-            if pending is not None:
-                yield Piece(pending, ends_document=True)
-                pending = None
-            continue
-        if pending is not None:
-            yield Piece(pending, ends_document=False)
-        pending = row
-    if pending is not None:
-        yield Piece(pending, ends_document=True)
+        ends_document = unit == "paragraph" and not row.strip()
+        if pending and (ends_document or _may_part(pending[-1], row, size)):
+            yield Piece("".join(pending), ends_document)
+            pending, size = [], 0
+        if not ends_document:
+            pending.append(row)
+            size += len(row)
+    if pending:
+        yield Piece("".join(pending), ends_document=True)
+
+
+def _may_part(before: str, after: str, size: int) -> bool:
+    """Whether a document of so many characters may go on in another piece between two of its rows.
+
+    Lines part where both have text and nothing but the end of the line is between, for there the usual tokenizers have
+    no token that reaches from one to the other. A text that has no such place is parted at the end of some line.
+    """
+    if not before.endswith("\n"):  # a row of a table, which goes with nothing
+        return True
+    if size < CHARACTERS:
+        return False
+    return bool(before[-2:-1].strip() and after[:1].strip()) or size >= 2 * CHARACTERS
 
 
 def read_dataset(name: str, config: str | None, split: str, text_column: str, documents: Documents) -> Iterator[Piece]:

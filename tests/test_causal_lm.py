@@ -12,13 +12,13 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from launch.cache import Cache
 from launch.errors import ConfigError, DataError, LaunchError
 from launch.recipe import Prepared, RecipeContext
-from recipes import tokens
+from recipes import text, tokens
 from recipes.causal_lm import Args, collate, count, loss, prepare, preview
 from recipes.packing import Blocks
 from tests import tiny
@@ -163,6 +163,85 @@ def test_where_documents_end(
     args = arguments(model_folder, train_files=paths, validation_files=paths, documents=unit)
     expected_ids = [1 if word == "/" else ids(word)[0] for word in expected.split()]
     assert all_ids(prepare(args, context).train) == expected_ids
+
+
+def messy_text(chance: random.Random) -> str:
+    """Lines as programs and tables have them: indented, blank, with spaces before their ends, some very long."""
+    lines = []
+    for _ in range(400):
+        words = " ".join(chance.choices(WORDS, k=chance.choice([0, 1, 3, 9, 40])))
+        lines.append(chance.choice(["", "", "", "    ", "\t"]) + words + chance.choice(["", "", "", " ", "  \t"]))
+    return "\n".join(lines)
+
+
+def make_byte_level_folder(folder: Path, written: str) -> Path:
+    """With tokens that reach over the ends of lines, such as two of them, or one and what the next line is indented."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.train_from_iterator([written], trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"]))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(folder)
+    GPT2Config(
+        vocab_size=400, bos_token_id=0, eos_token_id=0, n_positions=64, n_embd=16, n_layer=1, n_head=2
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_running_text_has_the_tokens_of_all_of_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it was parted, and though it is read line by line."""
+    written = messy_text(random.Random(0))
+    folder = make_byte_level_folder(tmp_path / "model", written)
+    path = tmp_path / "a.txt"
+    path.write_text(written)
+    args = arguments(folder, train_files=(str(path),), validation_files=(str(path),))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    by_line = [token for line in written.splitlines(True) for token in tokenizer(line)["input_ids"]]
+    whole = tokenizer(written)["input_ids"]
+    assert len(by_line) > len(whole)
+    for characters, pieces in ((1_000, 10), (10_000, 1)):
+        monkeypatch.setattr(text, "CHARACTERS", characters)
+        assert len(list(text.read_files((path,), "text", "file"))) > pieces
+        cache = Cache(tmp_path / str(characters))
+        assert all_ids(prepare(args, RecipeContext(cache, seed=0)).train) == [*whole, tokenizer.eos_token_id]
+
+
+def test_a_text_without_a_good_place_is_parted_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("    indented line\n" * 50)
+    monkeypatch.setattr(text, "CHARACTERS", 100)
+    pieces = list(text.read_files((path,), "text", "file"))
+    assert "".join(piece.text for piece in pieces) == path.read_text()
+    assert max(len(piece.text) for piece in pieces) < 250
+    assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_rows_of_a_table_are_never_put_together(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_json(path, ["ab", "cd", "", "ef"])
+    assert [piece.text for piece in text.read_files((path,), "text", "file")] == ["ab", "cd", "", "ef"]
+    assert [piece.text for piece in text.read_files((path,), "text", "paragraph")] == ["ab", "cd", "ef"]
+
+
+class Shouting(PreTrainedTokenizerFast):
+    """A tokenizer that does something of its own with a text before its fast part sees it."""
+
+    def __call__(self, texts: Any, *args: Any, **options: Any) -> Any:
+        written = texts.upper() if isinstance(texts, str) else [each.upper() for each in texts]
+        return super().__call__(written, *args, **options)
+
+
+@pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, Shouting])
+def test_texts_have_the_ids_that_the_tokenizer_gives_them(tmp_path: Path, kind: Any) -> None:
+    """Also where its folder asks for cut and padded texts, which running text must not be."""
+    folder = make_byte_level_folder(tmp_path, "abc ABC def DEF </s> " * 9)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=30)
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = kind.from_pretrained(folder)
+    texts = ["abc def", "ABC DEF abc def </s> abc def abc", ""]
+    expected = [tokenizer(each, add_special_tokens=False)["input_ids"] for each in texts]
+    assert max(map(len, expected)) > 4
+    assert tokens._ids_of(kind.from_pretrained(folder))(texts) == expected
 
 
 def test_a_tokenizer_that_begins_texts_begins_documents(tmp_path: Path, context: RecipeContext) -> None:
