@@ -247,7 +247,7 @@ def _encode(
     A document ends with the end-of-text token, and begins with the begin-of-text token where the tokenizer adds
     one by itself.
     """
-    begin = [tokenizer.bos_token_id] if begins_texts(tokenizer) else []
+    begin, end = [tokenizer.bos_token_id] if begins_texts(tokenizer) else [], tokenizer.eos_token_id
     at_start = dict.fromkeys(SPLITS, True)
     ids_of = _ids_of(tokenizer)
     for batch in _batches(pieces):
@@ -258,7 +258,7 @@ def _encode(
                 ids.extend(begin)
             ids.extend(tokens)
             if piece.ends_document:
-                ids.append(tokenizer.eos_token_id)
+                ids.append(end)
                 ends.append(len(ids))
             at_start[split] = piece.ends_document
         yield len(batch), found
