@@ -22,6 +22,13 @@ class Kind:
     full: float = 0.0
     """The same in fp32, without TF32."""
 
+    @property
+    def low_format(self) -> str:
+        """What `low` is of, as `train.precision` names it; empty where it is not known."""
+        if not self.low:
+            return ""
+        return "fp16" if self.name.startswith(("T4-", "V100-")) else "bf16"
+
 
 _KINDS = (
     Kind("A100-40GB", 40 * GB, 312, 19.5),

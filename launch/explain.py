@@ -82,7 +82,8 @@ def _dtypes_explained(plan: Plan) -> tuple[str, str]:
     dtypes = plan.dtypes
     rest = {"gradients summed": dtypes.reduction, "weights": dtypes.master, "optimizer": dtypes.optimizer}
     if len({dtypes.forward, *rest.values()}) == 1:
-        return dtypes.forward, "throughout"
+        quick = plan.processes.quick_format
+        return dtypes.forward, "throughout" + (f"; train.precision={quick} multiplies faster here" if quick else "")
     scaled = ", loss scaled" if dtypes.forward == "float16" else ""
     return f"{dtypes.forward} in forward and backward{scaled}", ", ".join(f"{k} {v}" for k, v in rest.items())
 

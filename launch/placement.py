@@ -32,6 +32,8 @@ class Processes(BaseModel):
     """Main memory for each process; 0 where it is not known."""
     gpu_memory_bytes: int = 0
     """Of the GPU of each process, or of each TPU device; 0 where there is none, or it is not known."""
+    quick_format: str = ""
+    """The `train.precision` in which the devices multiply faster than in fp32; empty where it is not known."""
     devices: int = 1
     """With how many devices each process computes: with all of its host's where they are TPUs."""
 
@@ -81,7 +83,15 @@ def place(loaded: Loaded, machine: Machine, world: World) -> Processes:
         device_name=machine.gpu_name if device == "cuda" else "",
         memory_bytes=machine.memory_bytes // per_node,
         gpu_memory_bytes=machine.gpu_memory_bytes if device == "cuda" else 0,
+        quick_format=_quick_format(machine, device),
     )
+
+
+def _quick_format(machine: Machine, device: Device) -> str:
+    if device == "cpu":
+        return "bf16" if machine.cpu_has_bf16 else ""
+    kind = kind_of(machine.tpu_name if device == "xla" else machine.gpu_name)
+    return kind.low_format if kind else ""
 
 
 def _on_xla(loaded: Loaded, machine: Machine, world: World) -> Processes:
@@ -109,6 +119,7 @@ def _on_xla(loaded: Loaded, machine: Machine, world: World) -> Processes:
         device_name=machine.tpu_name or "XLA on the CPU",
         memory_bytes=machine.memory_bytes,
         gpu_memory_bytes=kind.memory_bytes if kind else 0,
+        quick_format=_quick_format(machine, "xla"),
         devices=stated,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -472,6 +472,15 @@ def test_what_is_switched_on_is_told() -> None:
         "micro-batch: the largest of 1, 2, 3, 4, 6, 12 that fits, found at the start",
     )
     assert explained(planned())["number formats"] == ("float32", "throughout")
+    quick = {
+        "bf16": (replace(CPU, cpu_has_bf16=True), replace(GPUS, gpu_name="NVIDIA H100 80GB HBM3")),
+        "fp16": (replace(GPUS, gpu_name="Tesla T4"),),
+    }
+    for name, machines in quick.items():
+        for machine in machines:
+            told = explained(planned(machine=machine))["number formats"]
+            assert told == ("float32", f"throughout; train.precision={name} multiplies faster here")
+            assert "faster" not in explained(planned(f"train.precision={name}", machine=machine))["number formats"][1]
     saving = ("save.every_steps=1000", "save.every_minutes=null", "save.keep_best=1", "save.keep_last=null")
     assert explained(planned(*saving, "save.asynchronous=true"))["checkpoints"] == (
         "every 1,000 updates, when validation is better than ever, when a signal stops the run",

@@ -10,6 +10,7 @@ import pytest
 from launch.errors import TopologyError
 from launch.topology import (
     World,
+    _cpu_has_bf16,
     cache_folder,
     hub_is_off,
     is_supervised,
@@ -213,3 +214,13 @@ def test_variables_that_would_change_a_run_behind_its_plan_are_kept_from_the_wor
         **{"PATH": "/bin", "HF_HOME": "/hub", "DSA": "1", "NCCL_DEBUG": "INFO"},
         "ACCELERATE_USE_CPU": "true",
     }
+
+
+@pytest.mark.parametrize(
+    ("flags", "known"), [("fpu amx_bf16 avx512f", True), ("fpu avx512_bf16 avx512f", False), (None, False)]
+)
+def test_a_cpu_with_units_for_bf16_is_known_by_its_flags(tmp_path: Path, flags: str | None, known: bool) -> None:
+    path = tmp_path / "cpuinfo"
+    if flags:
+        path.write_text(f"processor\t: 0\nmodel name\t: some amx_bf16 name\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
+    assert _cpu_has_bf16(path) is known
