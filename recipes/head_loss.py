@@ -253,7 +253,9 @@ def _walk(
     classes, weight_shape = len(weight), weight.shape
     loss = torch.zeros((), dtype=full, device=device)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    of_weight = torch.zeros(weight_shape, dtype=full, device=device) if wanted[1] else None
+    at_once = dtype == full and len(hidden) > 0  # the first product is the sum so far
+    made = torch.empty if at_once else torch.zeros
+    of_weight = made(weight_shape, dtype=full, device=device) if wanted[1] else None
     of_bias = torch.zeros(classes, dtype=full, device=device) if wanted[2] else None
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -286,8 +288,8 @@ def _walk(
             del logarithms, gradient
             if of_hidden is not None:
                 torch.mm(low, weight, out=of_hidden[rows])
-            if of_weight is not None and dtype == full:
-                of_weight.addmm_(low.t(), part)
+            if of_weight is not None and at_once:
+                of_weight.addmm_(low.t(), part, beta=float(rows.start > 0))
             elif of_weight is not None:
                 of_weight += low.t() @ part
     return loss, [of_hidden, of_weight, of_bias]
