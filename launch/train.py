@@ -214,7 +214,7 @@ def work(start: Start, stop: StopRequest) -> None:
 @contextlib.contextmanager
 def _memory_may_run_out(start: Start) -> Iterator[None]:
     """Say which rank ran out of memory, what held it and what can be done; the launcher then ends those who wait."""
-    from launch.engine.holding import is_exhaustion, write_holders
+    from launch.engine.exhaustion import is_exhaustion, write_holders
 
     try:
         yield

@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from launch.engine.holding import Held, asked_bytes, find_holders, holders_file, write_holders
+from launch.engine.exhaustion import asked_bytes, holders_file, write_holders
+from launch.engine.holding import Held, find_holders
 from launch.record import put_aside
 from tests import hoarding_recipe
 from tests.commands import shoal
@@ -130,6 +131,48 @@ def test_tensors_of_every_make_are_looked_at() -> None:
     assert not [each for each in found if each.names == ["nowhere"]]
 
 
+class Odd(torch.Tensor):
+    """Of a library that has its memory elsewhere."""
+
+    def untyped_storage(self) -> Any:
+        raise ValueError("elsewhere")
+
+
+def test_a_tensor_that_tells_nothing_keeps_no_other_from_being_told() -> None:
+    model, odd = torch.nn.Linear(4, 4), torch.ones(3).as_subclass(Odd)
+    holders = find_holders(model, torch.optim.SGD(model.parameters()), MemoryError())
+    assert holders.unread == 1 and sums(holders.all())["parameters"] >= 4 * (16 + 4), type(odd)
+
+
+class Greedy(torch.nn.Module):
+    """Asks for too much."""
+
+    def forward(self) -> torch.Tensor:
+        """Never return."""
+        return torch.empty(2**50)
+
+
+class Around(torch.nn.Module):
+    """Holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Greedy()
+
+    def forward(self) -> Any:
+        """Never return."""
+        return self.inner()
+
+
+def test_the_lines_that_asked_are_named_without_those_that_only_call(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        Around()()
+    write_holders(tmp_path, 0, caught.value, "cpu")
+    content = json.loads(holders_file(tmp_path, 0).read_text())
+    assert [line.rpartition(" in ")[2] for line in content["asked_in"]][1:] == ["forward", "forward"]
+    assert content["asked_in"][-1].startswith(f"{__file__}:")
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
@@ -165,6 +208,21 @@ def test_while_the_model_is_made_nothing_has_a_name(tmp_path: Path) -> None:
     assert (content["rank"], content["after_update"], content["error"]) == (3, None, "MemoryError: no room")
     ours = {"bytes": 4 * 12345, "kind": "parameters", "name": None, "shape": list(weight.shape)}
     assert [each for each in content["largest"] if ours.items() <= each.items()]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_held_a_gpu_s_memory_is_told(tmp_path: Path) -> None:
+    held_there = [torch.empty(2**28, dtype=torch.uint8, device="cuda") for _ in range(3)]
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+    told = write_holders(tmp_path, 0, caught.value, "cuda")
+    assert re.match(
+        r"seen on cuda: other 8\d\d\.\d MB.*; torch has handed out 8\d\d\.\d MB; largest tensors: ", told
+    ), told
+    content = json.loads(holders_file(tmp_path, 0).read_text())
+    assert content["asked_bytes"] == 2**50
+    assert content["memory_of_cuda"]["allocated"] >= content["seen_bytes"]["cuda"]["other"] >= 3 * 2**28
+    assert content["largest"][0]["count"] == len(held_there)
 
 
 # --- by the real command ---------------------------------------------------------------------------------
