@@ -166,7 +166,7 @@ def check_abilities(loaded: Loaded, processes: Processes) -> None:
     if loaded.config.track.memory_snapshot and processes.device != "cuda":
         raise TopologyError(
             f"{loaded.place(key)}: {key} = true: is told by torch's allocator of GPUs, and this run is on "
-            f"{processes.device}; leave it out"
+            f"{processes.device}; leave it out: what held the memory is written without it"
         )
     key, size = "track.profile_ranks", processes.world_size
     none = [rank for rank in loaded.config.track.profile_ranks if not 0 <= rank < size]

@@ -10,6 +10,7 @@ wandb.json      the id of the run in Weights & Biases; wandb/: the run, where it
 tensorboard/    event files; mlflow.json, trackio.json: how far the run was sent there
 checkpoints/    step-000100/ …
 report.html     the page about it, by the launcher
+profile/        traces of updates; memory-rank-N.json: what held the memory of rank N when it ran out
 export/         the trained model as a Hugging Face folder
 adapter/        where adapters were trained, these alone
 result.json     how it ended well
@@ -115,9 +116,9 @@ def changed_settings(plan: Plan) -> list[str]:
 
 
 def put_aside(folder: Path) -> None:
-    """Move what belongs to an earlier start alone, logs, endings and plan, into attempts/N/."""
+    """Move what belongs to an earlier start alone, logs, endings, what held the memory, and plan, into attempts/N/."""
     logs = folder / "logs"
-    told = [*folder.glob("failure*.json"), *folder.glob("stopped.json")]
+    told = [*folder.glob("failure*.json"), *folder.glob("stopped.json"), *folder.glob("profile/memory-rank-*")]
     if not told and not (logs.is_dir() and any(logs.iterdir())):
         return
     attempts = folder / "attempts"

@@ -148,7 +148,7 @@ class TrackSection(Section):
     profile_ranks: list[int] = Field([0], min_length=1)
     """The ranks that are traced."""
     memory_snapshot: bool = False
-    """On GPUs: note who takes memory, and write it into `profile/` where it runs out; costs a little time."""
+    """On GPUs: remember who took memory, and write it to `profile/` where it runs out; costs a little time."""
 
 
 class ParallelSection(Section):

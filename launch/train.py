@@ -213,22 +213,24 @@ def work(start: Start, stop: StopRequest) -> None:
 
 @contextlib.contextmanager
 def _memory_may_run_out(start: Start) -> Iterator[None]:
-    """Say which rank ran out of memory and what can be done; the launcher then ends the ranks that wait for it."""
-    import torch
+    """Say which rank ran out of memory, what held it and what can be done; the launcher then ends those who wait."""
+    from launch.engine.exhaustion import is_exhaustion, write_holders
 
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # The CPU's allocator has no exception of its own (c10/core/impl/alloc_cpu.cpp), nor have CUDA's libraries.
-        told = any(words in str(error) for words in ("can't allocate memory", "out of memory"))
-        if not told and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if not is_exhaustion(error):
             raise
-        where = f"rank {start.world.rank} ({socket.gethostname()})"
-        batch = start.plan.batch
+        world, plan, run = start.world, start.plan, start.run
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-        raise MemoryExhaustedError(
-            f"{where}: out of memory with micro-batch {batch.micro_batch_size}; {advice(start.plan)}: {error}{notes}"
-        ) from error
+        told = (
+            f"rank {world.rank} ({socket.gethostname()}): out of memory with micro-batch "
+            f"{plan.batch.micro_batch_size}; {advice(plan)}: {error}{notes}"
+        )
+        if start.folder and not start.trials:  # which are to run out of it
+            parts = (run.model, run.optimizer, run.updates_done) if run else ()
+            told += f"\n{write_holders(start.folder, world.rank, error, plan.processes.device, *parts)}"
+        raise MemoryExhaustedError(told) from error
 
 
 def _try_sizes(run: Run) -> None:

@@ -101,7 +101,7 @@ ENGINE_MAY = {
     *("launch.errors", "launch.sections", "launch.recipe", "launch.plan"),
     *("launch.schedule", "launch.stop", "launch.strategy", "launch.trackers", "launch.follower", "launch.history"),
     *("launch.checkpoints", "launch.disk", "launch.dotted", "launch.imports", "launch.resume"),
-    *("launch.utilisation", "launch.versions"),
+    *("launch.out_of_memory", "launch.utilisation", "launch.versions"),
 }
 
 

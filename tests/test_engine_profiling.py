@@ -79,7 +79,7 @@ def test_without_a_gpu_nothing_is_told_of_its_memory(tmp_path: Path) -> None:
         make_plan(loaded, Machine("box", 2, 0), World(), Preview(32), tmp_path)
     assert str(caught.value) == (
         "command line: track.memory_snapshot = true: is told by torch's allocator of GPUs, and this run is on cpu; "
-        "leave it out"
+        "leave it out: what held the memory is written without it"
     )
     make_plan(load(None, ["recipe=causal_lm", "track.memory_snapshot=true"]), GPUS, World(), Preview(32), tmp_path)
 

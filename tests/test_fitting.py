@@ -124,6 +124,8 @@ def test_the_next_smaller_size_keeps_the_global_batch() -> None:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
         (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("Bad StatusOr access: RESOURCE_EXHAUSTED: Attempting to reserve 1.17G"), True),
+        (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (NotImplementedError("of the kind RuntimeError"), False),
         (ValueError("out of memory"), False),
@@ -178,12 +180,15 @@ def test_out_of_memory_on_one_rank_ends_all_of_them_and_says_what_to_do(run_file
     greedy: Any = ["recipe_args.greedy_rank=1", "train.micro_batch_size=8"]
     done = shoal(tmp_path, "run", str(run_file), *greedy, "--out", "one")
     assert done.returncode == 9
-    last = done.stderr.splitlines()[-1]
+    why, held = done.stderr.splitlines()[-2:]
     assert re.match(
         r"shoal: rank 1 \(.+\): out of memory with micro-batch 8; use train\.micro_batch_size=4 \(the global batch "
         r"stays 16\) or train\.activation_checkpointing=true or parallel\.strategy=fsdp2: .*can't allocate memory",
-        last,
-    ), last
+        why,
+    ), why
+    assert re.match(r"shoal: seen on cpu: .*parameters 14\.5 kB.*; largest tensors: .*/memory-rank-1\.json$", held), (
+        held
+    )
 
     nothing = shoal(
         tmp_path, "run", str(run_file), "recipe_args.greedy_rank=1", "train.micro_batch_size=auto", "--out", "two"

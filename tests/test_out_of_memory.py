@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.out_of_memory import kills_around, kills_on_host
+from launch.out_of_memory import Limit, kills_around, kills_on_host, limit_around
 
 V1 = "5:devices:/job/7\n4:memory:/job/7\n0::/\n"
 
@@ -45,6 +45,28 @@ def test_of_our_control_group(groups: str, file: str, tmp_path: Path) -> None:
     assert kills_on_host(tmp_path) == 30
     write(tmp_path, **{file: "under_oom 0\n"})
     assert kills_around(tmp_path) == 30, "a kernel that does not count them for groups"
+
+
+def test_the_limit_that_leaves_the_least(tmp_path: Path) -> None:
+    assert limit_around(tmp_path) is None
+    job, above = "sys__fs__cgroup__job__7__memory", "sys__fs__cgroup__job__memory"
+    write(tmp_path, proc__self__cgroup="0::/job/7\n", **{f"{job}.max": "max\n", f"{job}.current": "600\n"})
+    assert limit_around(tmp_path) is None
+    write(tmp_path, **{f"{above}.max": "1000\n", f"{above}.current": "900\n"})
+    assert limit_around(tmp_path) == Limit(1000, 900), "a group above ours"
+    write(tmp_path, **{f"{job}.max": "800\n"})
+    assert limit_around(tmp_path) == Limit(1000, 900), "smaller, but there is more room in it"
+    write(tmp_path, **{f"{above}.current": "700\n"})
+    assert limit_around(tmp_path) == Limit(800, 600)
+
+
+def test_the_limit_as_version_1_tells_it(tmp_path: Path) -> None:
+    ours, top = "sys__fs__cgroup__memory__job__7__memory", "sys__fs__cgroup__memory__memory"
+    write(tmp_path, proc__self__cgroup=V1, **{f"{ours}.limit_in_bytes": "500\n", f"{ours}.usage_in_bytes": "400\n"})
+    write(tmp_path, **{f"{top}.limit_in_bytes": "9223372036854771712\n", f"{top}.usage_in_bytes": "900\n"})
+    assert limit_around(tmp_path) == Limit(500, 400)
+    write(tmp_path, **{f"{ours}.limit_in_bytes": "9223372036854771712\n"})
+    assert limit_around(tmp_path) is None
 
 
 def test_this_kernel_counts() -> None:

@@ -88,7 +88,7 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
     patterns = {"rank-N.log": "rank-0.log", "/": ""}
     only_sometimes = {
         *("checkpoints/step-*/", "stopped.json", "failure.json", "failure-N.json", "attempts/N/", "deepspeed.json"),
-        *("metrics-discarded.jsonl", "adapter/"),
+        *("metrics-discarded.jsonl", "adapter/", "profile/memory-rank-N.json"),
         *("job.sbatch", "slurm-N.log", "submitted.json", "slurm.json", "profile/rank-N.json.gz", "profile/rank-N.txt"),
         *("wandb.json", "wandb/", "tensorboard/", "mlflow.json", "trackio.json"),
     }

@@ -302,14 +302,17 @@ def test_profiles_are_linked_from_where_the_page_is(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "a run", updates=3)
     assert "profiles" not in [each.get("id") for each in page_of(folder).all("section")]
     (folder / "profile").mkdir()
-    for name in ("rank-0.json.gz", "rank-0.txt", "memory-rank-1.pickle", "something else"):
+    for name in ("rank-0.json.gz", "rank-0.txt", "memory-rank-1.json", "memory-rank-1.pickle", "something else"):
         (folder / "profile" / name).write_bytes(b"12345")
     for page_file in (folder / "report.html", tmp_path / "pages/report.html"):
         page_file.parent.mkdir(exist_ok=True)
         write_page([by_folder(folder)], page_file)
+        assert " (5 bytes): what held the memory when it ran out: sums by kind" in Page(page_file.read_text()).text
         links = [each["href"] for each in Page(page_file.read_text()).all("a") if "profile/" in (each["href"] or "")]
         reached = [(page_file.parent / unquote(link or "")).resolve() for link in links]
-        assert [path.name for path in reached] == ["memory-rank-1.pickle", "rank-0.json.gz", "rank-0.txt"]
+        assert [path.name for path in reached] == [
+            *("memory-rank-1.json", "memory-rank-1.pickle", "rank-0.json.gz", "rank-0.txt")
+        ]
         assert all(path.is_file() for path in reached)
 
 

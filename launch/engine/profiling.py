@@ -74,7 +74,7 @@ MOST_NOTED = 100_000
 
 @contextlib.contextmanager
 def memory_noted(folder: Path, rank: int, *, wanted: bool) -> Iterator[None]:
-    """Note who takes a GPU's memory inside; where it runs out, `profile/memory-rank-N.pickle` says who holds it.
+    """Note who takes a GPU's memory inside; where it runs out, `profile/memory-rank-N.pickle` has that history.
 
     Source: PyTorch's documentation, Understanding CUDA Memory Usage; both functions have been there since torch 2.1.
     """
@@ -89,7 +89,7 @@ def memory_noted(folder: Path, rank: int, *, wanted: bool) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk too
             path.parent.mkdir(exist_ok=True)
             torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
-            error.add_note(f"what held the memory: {path}; load it in https://pytorch.org/memory_viz")
+            error.add_note(f"who took the memory, and when: {path}; load it in https://pytorch.org/memory_viz")
         raise
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)

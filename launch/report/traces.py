@@ -9,13 +9,14 @@ from urllib.parse import quote
 
 from launch.disk import size_in_words
 from launch.report.facts import Facts
-from launch.report.markup import paragraph, section, text
+from launch.report.markup import section, text
 from launch.report.parts import Story
 
 HOW = {
-    ".json.gz": "a trace: load it in ui.perfetto.dev",
-    ".txt": "the operators that took most",
-    ".pickle": "what held the memory when it ran out: load it in pytorch.org/memory_viz",
+    ".json.gz": "a trace of a few updates (--profile): load it in ui.perfetto.dev",
+    ".txt": "the operators that took most of their time",
+    ".json": "what held the memory when it ran out: sums by kind, and the largest tensors",
+    ".pickle": "who took the GPU's memory, and when, until it ran out: load it in pytorch.org/memory_viz",
 }
 """Ends of the names of files in `profile/`, and what to do with them."""
 
@@ -28,8 +29,7 @@ def traces(story: Story, page_folder: Path) -> str:
         if links:
             heading = "" if story.alone else f"<h3>{text(name)}</h3>"
             parts.append(f"{heading}<ul>{''.join(links)}</ul>")
-    told = paragraph("Of a few updates after the first ones (--profile).") if parts else ""
-    return section("profiles", "Profiles", told, *parts)
+    return section("profiles", "Profiles", *parts)
 
 
 def _links(facts: Facts, page_folder: Path) -> Iterator[str]:
