@@ -36,7 +36,7 @@ def small_encoder(texts: Callable[[], Iterable[str]], identity: JsonValue) -> Em
 
     `texts` are to be of the training part alone; `identity` is all that they are made from.
     """
-    key = {"texts": identity, "most": TEXTS, "vocabulary": VOCABULARY, "model": _MODEL, "version": 1}
+    key = {"texts": identity, "most": TEXTS, "vocabulary": VOCABULARY, "model": _MODEL, "version": 2}
     config = {"model_type": "bert", "vocab_size": VOCABULARY, **_MODEL}
     return Embedded("encoder", key, lambda folder: _make(folder, itertools.islice(texts(), TEXTS)), config)
 
@@ -61,9 +61,17 @@ def _train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    special = list(_SPECIAL.values())
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    texts, special = list(texts), list(_SPECIAL.values())
+    # The trainer numbers what words go on with as it comes upon it, in another order each time, and prefers among
+    # equally frequent pairs those of lower numbers (tokenizers 0.23, models/bpe/trainer.rs, `tokenize_words`). So these
+    # have their numbers beforehand. They are special to the trainer alone.
+    words = (tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)) for text in texts)
+    known = [*special, *sorted({f"##{letter}" for of_text in words for word, _ in of_text for letter in word[1:]})]
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=known, show_progress=False)
+    trained = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
+    trained.normalizer, trained.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    trained.train_from_iterator(texts, trainer)
+    tokenizer.model = models.WordPiece(trained.get_vocab(), unk_token=_SPECIAL["unk_token"])
     begin, end = _SPECIAL["cls_token"], _SPECIAL["sep_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A {end}",
