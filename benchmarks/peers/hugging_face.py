@@ -26,6 +26,18 @@ from benchmarks.peers.workload import COLUMNS, Workload
 
 datasets.disable_progress_bars()
 
+PROMPT = "user: {}\nassistant:"
+"""What shoal's default template makes of a prompt; a space and the completion follow."""
+
+
+def rows_of(workload: Workload, split: str) -> datasets.Dataset:
+    """As they are in the file; they are kept in the cache, as is what map makes of them."""
+    # Without features a column of dates would be one of times.
+    texts = datasets.Features({name: datasets.Value("string") for name in COLUMNS[workload.task]})
+    return datasets.load_dataset(
+        "json", data_files=str(workload.folder / f"{split}.jsonl"), features=texts, split="train"
+    )
+
 
 class Task:
     """Tokenizer, model, rows as features, and how they become batches."""
@@ -53,10 +65,7 @@ class Task:
         return DataCollatorForSeq2Seq(self.tokenizer, model if self.workload.task == "translation" else None)
 
     def _features(self, split: str) -> datasets.Dataset:
-        file = str(self.workload.folder / f"{split}.jsonl")
-        texts = datasets.Features({name: datasets.Value("string") for name in COLUMNS[self.workload.task]})
-        # Kept in the cache, as is what map makes of it; without features a column of dates would be one of times.
-        rows = datasets.load_dataset("json", data_files=file, features=texts, split="train")
+        rows = rows_of(self.workload, split)
         if self.workload.task == "classification" and split == "train":
             self._labels = sorted(rows.unique("label"))
         tokenise = getattr(self, f"_{self.workload.task}")
@@ -87,12 +96,17 @@ class Task:
     def _instruction(self, rows: dict[str, list[Any]]) -> Any:
         """Laid out as shoal's default template does; only the completion is a target."""
         most, end = self.workload.length, self.tokenizer.eos_token
-        asked = self.tokenizer([f"user: {text}\nassistant:" for text in rows["prompt"]], add_special_tokens=False)
+        asked = self.tokenizer([PROMPT.format(text) for text in rows["prompt"]], add_special_tokens=False)
         told = self.tokenizer([f" {text}{end}" for text in rows["completion"]], add_special_tokens=False)
         pairs = list(zip(asked["input_ids"], told["input_ids"], strict=True))
         ids = [[*prompt, *answer][:most] for prompt, answer in pairs]
         labels = [[*[-100] * len(prompt), *answer][:most] for prompt, answer in pairs]
         return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
+
+
+def written(rows: list[list[int]], end: int, most: int) -> int:
+    """Tokens that were generated, after the first, which a row begins with; one without an end went on to the most."""
+    return sum(row.index(end) if end in row else most for row in rows)
 
 
 class Counted:
@@ -103,8 +117,9 @@ class Counted:
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, _: Any, __: Any, named: dict[str, Any]) -> None:
-        if named.get("attention_mask") is not None and named.get("labels") is not None:
-            self.tokens += int(named["attention_mask"].sum())
+        if named.get("labels") is not None:  # which a call to write a text has not
+            mask = named.get("attention_mask")
+            self.tokens += named["input_ids"].numel() if mask is None else int(mask.sum())
 
     def restart(self) -> None:
         """What was counted until now belongs to no update."""

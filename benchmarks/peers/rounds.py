@@ -145,6 +145,8 @@ class Column:
 def table(found: Mapping[str, list[dict[str, float]]], columns: Iterable[Column]) -> str:
     """A Markdown table of medians, with the least and the most of the first column."""
     columns = list(columns)
+    if not found:
+        return "nothing was measured"
     titles = ["", *(title for each in columns for title in ([each.title, "ratio"] if each.against else [each.title]))]
     lines = [f"| {' | '.join([*titles, 'least to most'])} |", f"|{'---|' * (len(titles) + 1)}"]
     first = next(iter(found.values()))
