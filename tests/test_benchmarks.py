@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.peers import contenders, with_shoal
 from benchmarks.peers.contenders import CONTENDERS, check
+from benchmarks.peers.hugging_face import rows_of
 from benchmarks.peers.rounds import Column, CommandError, table
 from benchmarks.peers.saving import stalls
 from benchmarks.peers.ticks import Ticks
@@ -32,6 +33,13 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the environments of the peers the one that we run in, which has all that these need."""
     monkeypatch.setattr(contenders, "interpreter", lambda name: Path(sys.executable))
+
+
+def test_the_others_are_given_the_very_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"source": f"July {day}th, 1979", "target": f"1979-07-{day}"} for day in range(10, 20)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rows_of(Workload("translation", tmp_path, LENGTH, BATCH, UPDATES), "train").to_list() == rows
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def stalls(times: list[float], save_after: int, skip: int) -> dict[str, float]:
 
 COLUMNS = (
     Column("save stalls, s", "stall_seconds", ".2f", against=True),
-    Column("lost from the save to the end, s", "lost_seconds", ".2f", against=True),
+    Column("lost from the save to the end, s", "lost_seconds", ".2f"),
     Column("ms an update before", "update_seconds", ",.1f", unit=0.001),
 )
 
