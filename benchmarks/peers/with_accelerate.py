@@ -86,7 +86,11 @@ def main(workload: Workload, out: Path) -> None:
                 break
     ticks.loss = float(loss.detach())
     ticks.write(out)
+    # A thread of gloo frees the last gradients' exchange, for which it needs Python's lock. If the model is freed just
+    # then, it holds that lock and waits for the thread, for ever: shoal itself leaves like this too.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
+    time.sleep(0.1)
 
 
 if __name__ == "__main__":
