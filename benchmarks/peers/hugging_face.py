@@ -5,6 +5,9 @@ For contenders in the environment `transformers`; nothing of shoal is imported.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -25,6 +28,25 @@ from benchmarks.peers.ticks import Ticks
 from benchmarks.peers.workload import COLUMNS, Workload
 
 datasets.disable_progress_bars()
+
+PROMPT = "user: {}\nassistant:"
+"""What shoal's default template makes of a prompt; a space and the completion follow."""
+
+
+def rows_of(workload: Workload, split: str) -> datasets.Dataset:
+    """As they are in the file; they are kept in the cache, as is what map makes of them."""
+    # Not load_dataset("json"): it takes a column of dates for one of times, and of "1979-07-05" it makes, even if it is
+    # told that texts are wanted, "1979-07-05 00:00:00".
+    texts = datasets.Features({name: datasets.Value("string") for name in COLUMNS[workload.task]})
+    return datasets.Dataset.from_generator(
+        lines, features=texts, gen_kwargs={"path": str(workload.folder / f"{split}.jsonl")}
+    )
+
+
+def lines(path: str) -> Iterator[dict[str, str]]:
+    """The rows of a file, one by one."""
+    with Path(path).open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
 
 
 class Task:
@@ -53,10 +75,7 @@ class Task:
         return DataCollatorForSeq2Seq(self.tokenizer, model if self.workload.task == "translation" else None)
 
     def _features(self, split: str) -> datasets.Dataset:
-        file = str(self.workload.folder / f"{split}.jsonl")
-        texts = datasets.Features({name: datasets.Value("string") for name in COLUMNS[self.workload.task]})
-        # Kept in the cache, as is what map makes of it; without features a column of dates would be one of times.
-        rows = datasets.load_dataset("json", data_files=file, features=texts, split="train")
+        rows = rows_of(self.workload, split)
         if self.workload.task == "classification" and split == "train":
             self._labels = sorted(rows.unique("label"))
         tokenise = getattr(self, f"_{self.workload.task}")
@@ -87,12 +106,17 @@ class Task:
     def _instruction(self, rows: dict[str, list[Any]]) -> Any:
         """Laid out as shoal's default template does; only the completion is a target."""
         most, end = self.workload.length, self.tokenizer.eos_token
-        asked = self.tokenizer([f"user: {text}\nassistant:" for text in rows["prompt"]], add_special_tokens=False)
+        asked = self.tokenizer([PROMPT.format(text) for text in rows["prompt"]], add_special_tokens=False)
         told = self.tokenizer([f" {text}{end}" for text in rows["completion"]], add_special_tokens=False)
         pairs = list(zip(asked["input_ids"], told["input_ids"], strict=True))
         ids = [[*prompt, *answer][:most] for prompt, answer in pairs]
         labels = [[*[-100] * len(prompt), *answer][:most] for prompt, answer in pairs]
         return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
+
+
+def written(rows: list[list[int]], end: int, most: int) -> int:
+    """Tokens that were generated, after the first, which a row begins with; one without an end went on to the most."""
+    return sum(row.index(end) if end in row else most for row in rows)
 
 
 class Counted:
@@ -103,8 +127,9 @@ class Counted:
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, _: Any, __: Any, named: dict[str, Any]) -> None:
-        if named.get("attention_mask") is not None and named.get("labels") is not None:
-            self.tokens += int(named["attention_mask"].sum())
+        if named.get("labels") is not None:  # which a call to write a text has not
+            mask = named.get("attention_mask")
+            self.tokens += named["input_ids"].numel() if mask is None else int(mask.sum())
 
     def restart(self) -> None:
         """What was counted until now belongs to no update."""

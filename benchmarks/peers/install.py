@@ -3,8 +3,8 @@
 python -m benchmarks.peers.install [NAME …]     all of them, without names; about 1 GB each
 
 `transformers` serves shoal, Trainer and the plain loops alike, in the versions of constraints.txt: so loops are
-compared, not versions. LitGPT and torchtune ask for other versions of huggingface_hub and get them; of the constraints
-only torch holds for them.
+compared, not versions. `trl` has the same versions; it is apart because pip could change them. LitGPT and torchtune ask
+for other versions of huggingface_hub and get them; of the constraints only torch holds for them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 
 PACKAGES: dict[str, list[list[str]]] = {
     "transformers": [["--constraint", str(CONSTRAINTS), "--editable", str(ROOT)]],
+    "trl": [["--constraint", str(CONSTRAINTS), "trl==1.16.0"]],
     "litgpt": [["litgpt==0.5.13"]],
     "torchtune": [["torchao==0.15.0", "torchtune==0.6.1"]],
 }

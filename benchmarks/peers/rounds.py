@@ -28,6 +28,9 @@ KEPT = ROOT / "runs" / "benchmarks"
 LOOK_SECONDS = 0.5
 """How often processes are looked at. What they have taken at most, the kernel notes itself."""
 
+LIMIT_SECONDS = 900.0
+"""A command that takes longer hangs, and is ended."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -50,7 +53,7 @@ def run(command: list[str], folder: Path, variables: Mapping[str, str], cores: i
     """Run a command in a folder, on so many cores (all that we have by default), and watch it.
 
     Raises:
-        CommandError: it failed.
+        CommandError: it failed, or did not end.
     """
     ours = sorted(os.sched_getaffinity(0))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -68,6 +71,8 @@ def run(command: list[str], folder: Path, variables: Mapping[str, str], cores: i
         )
         try:
             while process.poll() is None:
+                if time.perf_counter() - clock > LIMIT_SECONDS:
+                    raise CommandError(f"did not end within {LIMIT_SECONDS:.0f} s\n")
                 now = _memory(process.pid)
                 together = max(together, sum(resident for resident, _ in now.values()))
                 for pid, (resident, peak) in now.items():  # one that has ended has none left, one may set it back
@@ -145,6 +150,8 @@ class Column:
 def table(found: Mapping[str, list[dict[str, float]]], columns: Iterable[Column]) -> str:
     """A Markdown table of medians, with the least and the most of the first column."""
     columns = list(columns)
+    if not found:
+        return "nothing was measured"
     titles = ["", *(title for each in columns for title in ([each.title, "ratio"] if each.against else [each.title]))]
     lines = [f"| {' | '.join([*titles, 'least to most'])} |", f"|{'---|' * (len(titles) + 1)}"]
     first = next(iter(found.values()))

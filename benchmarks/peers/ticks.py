@@ -19,10 +19,12 @@ class Ticks:
         """When each update was over: seconds since 1970."""
         self.tokens: list[int] = []
         """Input tokens of each update that are no padding, of this rank."""
-        self.evaluations: list[tuple[float, int]] = []
-        """Seconds of each evaluation, and what was evaluated: input tokens, or tokens written where texts are."""
+        self.ranks = 1
+        """Of how many ranks these are the notes."""
+        self.evaluations: list[tuple[float, int, int]] = []
+        """Seconds of each evaluation, its rows, and the tokens that were written for them."""
         self.loss: float | None = None
-        """The last one, to see that contenders learn the same."""
+        """The last one, of Trainer and TRL the mean of all: to see that contenders learn."""
 
     def update(self, tokens: int) -> None:
         """An update is over."""
@@ -31,6 +33,5 @@ class Ticks:
 
     def write(self, path: str | Path) -> None:
         """As a file beside `path`, named by this rank."""
-        rank = os.environ.get("RANK", "0")
-        found = {"times": self.times, "tokens": self.tokens, "evaluations": self.evaluations, "loss": self.loss}
-        Path(f"{path}.{rank}").write_text(json.dumps(found))
+        rank = os.environ.get("LOCAL_RANK", "0")  # all are on this machine; Lightning sets no RANK
+        Path(f"{path}.{rank}").write_text(json.dumps(vars(self)))

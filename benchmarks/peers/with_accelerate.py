@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from benchmarks.peers.hugging_face import Counted, Task
+from benchmarks.peers.hugging_face import Counted, Task, written
 from benchmarks.peers.ticks import Ticks
 from benchmarks.peers.workload import Workload
 
@@ -29,9 +29,9 @@ def groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, model: Any, batches: Any, task: Task) -> int:
-    """The mean loss, of equal weight for all batches, or texts; the tokens that were read or written."""
+    """The mean loss, of equal weight for all batches, and texts; the number of tokens that were written."""
     model.eval()
-    losses, written = [], 0
+    losses, tokens = [], 0
     for batch in batches:
         losses.append(accelerator.gather_for_metrics(model(**batch).loss.repeat(task.workload.batch_of_a_rank)))
         if task.workload.task == "translation":
@@ -45,11 +45,10 @@ def evaluate(accelerator: Accelerator, model: Any, batches: Any, task: Task) -> 
             ids = accelerator.gather_for_metrics(ids)
             texts = task.tokenizer.batch_decode(ids, skip_special_tokens=True)
             assert len(texts) == len(ids)
-            special = torch.tensor(task.tokenizer.all_special_ids)
-            written += int((~torch.isin(ids, special)).sum())
+            tokens += written(ids.tolist(), task.tokenizer.eos_token_id, task.workload.new_tokens)
     torch.cat(losses).mean().item()
     model.train()
-    return written
+    return tokens
 
 
 def main(workload: Workload, out: Path) -> None:
@@ -65,9 +64,9 @@ def main(workload: Workload, out: Path) -> None:
     scheduler = get_scheduler("constant", optimizer, num_training_steps=workload.updates * workload.ranks)
     model, optimizer, train, validation, scheduler = accelerator.prepare(model, optimizer, train, validation, scheduler)
     for _ in range(workload.evaluations):
-        before, began = counted.tokens, time.perf_counter()
-        written = evaluate(accelerator, model, validation, task)
-        ticks.evaluations.append((time.perf_counter() - began, written or counted.tokens - before))
+        began = time.perf_counter()
+        tokens = evaluate(accelerator, model, validation, task)
+        ticks.evaluations.append((time.perf_counter() - began, len(task.features["validation"]), tokens))
     counted.restart()
     model.train()
     while len(ticks.times) < workload.updates:
@@ -81,11 +80,17 @@ def main(workload: Workload, out: Path) -> None:
                 scheduler.step()
                 optimizer.zero_grad()
             counted.update()
+            if len(ticks.times) == workload.save_after:
+                accelerator.save_state(str(out.with_suffix(".state")))
             if len(ticks.times) == workload.updates:
                 break
     ticks.loss = float(loss.detach())
     ticks.write(out)
+    # A thread of gloo frees the last gradients' exchange, for which it needs Python's lock. If the model is freed just
+    # then, it holds that lock and waits for the thread, for ever: shoal itself leaves like this too.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
+    time.sleep(0.1)
 
 
 if __name__ == "__main__":

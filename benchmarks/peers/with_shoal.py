@@ -31,7 +31,7 @@ def run_file(workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
             # There is one at the end too, after what is timed.
             **({} if every else {"max_samples": workload.ranks}),
         },
-        "save": {"every_minutes": None, "export": False},
+        "save": {"every_minutes": None, "every_steps": workload.save_after, "export": False},
         "parallel": {"device": "cpu", "devices": workload.ranks},
         "recipe_args": _recipe_args(workload),
     }
@@ -55,7 +55,7 @@ def _recipe_args(workload: Workload) -> dict[str, Any]:
         case "instruction":
             return {**found, "format": "instruction", "block_size": most}
         case "classification":
-            return {**found, "max_length": most}
+            return {**found, "max_length": most, "metrics": ["accuracy"]}
         case _:
             metrics = ["bleu"] if workload.evaluations else []
             lengths = {"max_source_length": most, "max_target_length": most, "max_new_tokens": workload.new_tokens}
@@ -71,8 +71,11 @@ def ticks(workload: Workload, folder: Path) -> Ticks:
             found.times.append(line["time"])
             found.tokens.append(line["tokens"] - before)
             before, found.loss = line["tokens"], line["loss"]
+    result = json.loads((folder / "result.json").read_text())
+    found.ranks = len(result["peak_memory"])
     if workload.evaluations:
-        seconds = json.loads((folder / "result.json").read_text())["seconds"]["evaluate"]
-        evaluations = [line for line in lines if line["kind"] == "eval"]
-        found.evaluations = [(seconds / len(evaluations), 0)] * len(evaluations)
+        rows = [line["samples"] for line in lines if line["kind"] == "eval"]
+        after = lines[-1]["time"] - found.times[-1]  # the only one that a line stands before
+        before = result["seconds"]["evaluate"] - after
+        found.evaluations = list(zip((before, after), rows, (0, 0), strict=True))
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,9 @@ def main(workload: Workload, out: Path) -> None:
     ticks.loss = float(loss.detach())
     ticks.write(out)
     if ranks > 1:
+        torch.distributed.barrier()  # as in with_accelerate
         torch.distributed.destroy_process_group()
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

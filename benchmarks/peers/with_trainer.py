@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.peers.hugging_face import Counted, Task
+from benchmarks.peers.hugging_face import Counted, Task, written
 from benchmarks.peers.ticks import Ticks
 from benchmarks.peers.workload import Workload
 
@@ -34,6 +34,26 @@ class Notes(TrainerCallback):
         self._counted.update()
 
 
+def settings(workload: Workload, out: Path) -> dict[str, Any]:
+    """What TrainingArguments are given, of every kind."""
+    return {
+        "output_dir": str(out.with_suffix(".trainer")),
+        "max_steps": workload.updates,
+        "per_device_train_batch_size": workload.batch_of_a_rank,
+        "per_device_eval_batch_size": workload.batch_of_a_rank,
+        "learning_rate": workload.learning_rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": workload.weight_decay,
+        "max_grad_norm": workload.max_grad_norm,
+        "use_cpu": True,
+        "ddp_backend": "gloo" if workload.ranks > 1 else None,
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": False,
+        **({"save_steps": workload.save_after} if workload.save_after else {"save_strategy": "no"}),
+    }
+
+
 def arguments(workload: Workload, out: Path, by_length: bool) -> TrainingArguments:
     writes = workload.task == "translation"
     kind = Seq2SeqTrainingArguments if writes else TrainingArguments
@@ -42,40 +62,23 @@ def arguments(workload: Workload, out: Path, by_length: bool) -> TrainingArgumen
         known = {each.name for each in dataclasses.fields(TrainingArguments)}
         old = "group_by_length" in known
         more |= {"group_by_length": True} if old else {"train_sampling_strategy": "group_by_length"}
-    return kind(
-        output_dir=str(out.with_suffix(".trainer")),
-        max_steps=workload.updates,
-        per_device_train_batch_size=workload.batch_of_a_rank,
-        per_device_eval_batch_size=workload.batch_of_a_rank,
-        learning_rate=workload.learning_rate,
-        lr_scheduler_type="constant",
-        weight_decay=workload.weight_decay,
-        max_grad_norm=workload.max_grad_norm,
-        use_cpu=True,
-        ddp_backend="gloo" if workload.ranks > 1 else None,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=False,
-        **more,
-    )
+    return kind(**settings(workload, out), **more)
 
 
-def evaluate(trainer: Trainer, task: Task, counted: Counted, ticks: Ticks) -> None:
+def evaluate(trainer: Trainer, task: Task, ticks: Ticks) -> None:
     """As often as asked for; what is written is counted by a look at it, outside the time."""
-    workload = task.workload
+    workload, rows = task.workload, task.features["validation"]
     for _ in range(workload.evaluations):
-        before, began = counted.tokens, time.perf_counter()
+        began, tokens = time.perf_counter(), 0
         if workload.task == "translation":
-            settings = GenerationConfig(max_new_tokens=workload.new_tokens, num_beams=1)
-            written = trainer.predict(task.features["validation"], generation_config=settings).predictions
+            how = GenerationConfig(max_new_tokens=workload.new_tokens, num_beams=1)
+            found = trainer.predict(rows, generation_config=how).predictions
             seconds = time.perf_counter() - began
-            special = task.tokenizer.all_special_ids
-            tokens = sum(int(token) not in special and token >= 0 for row in written for token in row)
+            tokens = written(found.tolist(), task.tokenizer.eos_token_id, workload.new_tokens)
         else:
-            trainer.evaluate()
-            seconds, tokens = time.perf_counter() - began, counted.tokens - before
-        ticks.evaluations.append((seconds, tokens))
+            trainer.evaluate(rows)
+            seconds = time.perf_counter() - began
+        ticks.evaluations.append((seconds, len(rows), tokens))
 
 
 def main(workload: Workload, out: Path, by_length: bool) -> None:
@@ -90,7 +93,7 @@ def main(workload: Workload, out: Path, by_length: bool) -> None:
         data_collator=task.collator(model),
         callbacks=[Notes(counted)],
     )
-    evaluate(trainer, task, counted, ticks)
+    evaluate(trainer, task, ticks)
     counted.restart()
     ticks.loss = trainer.train().training_loss
     ticks.write(out)

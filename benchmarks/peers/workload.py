@@ -53,6 +53,8 @@ class Workload:
     max_grad_norm: float = 1.0
     evaluations: int = 0
     """How often the validation rows are evaluated before training, texts being generated where the task has them."""
+    save_after: int | None = None
+    """After which update all that it takes to go on is saved; none: nothing is saved in between."""
     new_tokens: int = 32
     """Most tokens of a generated text."""
 
