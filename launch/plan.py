@@ -112,6 +112,14 @@ class Plan(_Frozen):
         """How many widths batches may have; None: any number."""
         return self.config.parallel.xla_widths if self.processes.device == "xla" else None
 
+    @property
+    def multiple(self) -> int:
+        """To a multiple of how many tokens batches are padded: GPUs compute in pieces of so many, a CPU as many as are.
+
+        Measured on two cores, of rows of some 25 tokens: a sixth to a quarter less time without it.
+        """
+        return 1 if self.processes.device == "cpu" else 8
+
     def schedule(self, samples: int | None) -> Schedule:
         """The learning rate of every update, once the number of training samples is known (of a stream it never is)."""
         return make_schedule(self.config, samples)

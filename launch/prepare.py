@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from launch.engine.progress import Display
 
 
-def prepare(recipe: Recipe, config: RunConfig, display: Display, buckets: int | None = None) -> tuple[Prepared, Cache]:
+def prepare(
+    recipe: Recipe, config: RunConfig, display: Display, buckets: int | None = None, multiple: int = 8
+) -> tuple[Prepared, Cache]:
     """Prepare what is not in the cache yet, and look at it. Needs no process group: waiting is for a file here.
 
-    `buckets` is how many widths batches may have, where that matters.
+    `buckets` and `multiple` say to what widths batches are padded, as `RecipeContext` has it, where there will be any.
 
     Raises:
         LaunchError: the data cannot be had, or is none.
@@ -44,7 +46,7 @@ def prepare(recipe: Recipe, config: RunConfig, display: Display, buckets: int | 
     display.say(f"preparing {config.recipe}")
     cache = Cache(cache_folder(), display.say)
     progress = Progress(display.start, display.advance, display.finish)
-    prepared = recipe.prepare(RecipeContext(cache, config.train.seed, progress, buckets))
+    prepared = recipe.prepare(RecipeContext(cache, config.train.seed, progress, buckets, multiple))
     check_data(config, prepared)
     return prepared, cache
 

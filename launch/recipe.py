@@ -193,10 +193,12 @@ class RecipeContext:
     progress: Progress = field(default_factory=Progress)
     buckets: int | None = None
     """How many widths batches may have, where a device is compiled for each; None: any."""
+    multiple: int = 8
+    """To a multiple of how many tokens batches are padded where nothing else is asked for."""
 
-    def width(self, multiple: int, most: int | None) -> Width:
+    def width(self, multiple: int | None, most: int | None) -> Width:
         """How batches are to be padded: to a multiple, or to one of a few widths up to `most` tokens."""
-        return Width(multiple, most, self.buckets)
+        return Width(multiple or self.multiple, most, self.buckets)
 
 
 Head = Literal["next_token", "masked_token", "sequence", "token", "span", "text_to_text"]

@@ -291,8 +291,9 @@ def _leave(accelerator: Accelerator) -> None:
 
 def _prepare(start: Start, display: Display) -> tuple[Prepared | None, LaunchError | None]:
     """Prepare the data before any process group exists: no collective can time out while a rank tokenises."""
+    plan = start.plan
     try:
-        return prepare(start.recipe, start.plan.config, display, start.plan.buckets)[0], None
+        return prepare(start.recipe, plan.config, display, plan.buckets, plan.multiple)[0], None
     except LaunchError as error:
         return None, error
 

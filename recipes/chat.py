@@ -63,8 +63,8 @@ class ChatArgs(RecipeArgs):
     """Format instruction: column that holds the answer."""
     chat_template: Annotated[str, AfterValidator(_file_or_text)] | None = None
     """Chat template (Jinja), a file or the text itself; null: the tokenizer's own, or else a simple one."""
-    pad_to_multiple_of: int = Field(8, ge=1)
-    """Samples of different length are padded to the longest in a batch, and from there to a multiple of this."""
+    pad_to_multiple_of: int | None = Field(None, ge=1)
+    """Samples are padded to the longest in a batch, and from there to a multiple of this; null: of 8, on CPUs of 1."""
 
 
 def chat_columns(args: ChatArgs, form: str) -> dict[str, str]:

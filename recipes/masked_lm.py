@@ -56,8 +56,8 @@ class Args(ModelArgs, RowArgs, LossArgs):
     """Tokens of a sample, special ones included."""
     masked_share: float = Field(0.15, gt=0, lt=1)
     """Share of a sample's tokens that are to be told; at least one is."""
-    pad_to_multiple_of: int = Field(8, ge=1)
-    """Batches are padded to the longest sample in them, and from there to a multiple of this."""
+    pad_to_multiple_of: int | None = Field(None, ge=1)
+    """Batches are padded to their longest sample, and from there to a multiple of this; null: of 8, on CPUs of 1."""
 
 
 def preview(args: Args, context: RecipeContext) -> Preview:

@@ -67,8 +67,8 @@ class Args(ModelArgs, RowArgs):
     """Whether questions may be left without answer (SQuAD 2.0); null: if one of the validation data has none."""
     null_threshold: float = 0.0
     """No answer is given where the score of having none is better than the best span's by more than this."""
-    pad_to_multiple_of: int = Field(8, ge=1)
-    """Windows of a batch are padded to a multiple of so many tokens, or to max_length."""
+    pad_to_multiple_of: int | None = Field(None, ge=1)
+    """Windows of a batch are padded to a multiple of so many tokens, or to max_length; null: of 8, on CPUs of 1."""
 
 
 def preview(args: Args, context: RecipeContext) -> Preview:

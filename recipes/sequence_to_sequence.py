@@ -74,8 +74,8 @@ class SequenceArgs(ModelArgs, RowArgs, LossArgs):
     """Tokens of a source, special ones included; what is longer is cut at its end, and counted."""
     max_target_length: int = Field(128, ge=2)
     """Tokens of a target, special ones included; what is longer is cut at its end, and counted."""
-    pad_to_multiple_of: int = Field(8, ge=1)
-    """Batches are padded to the longest text in them, up to a multiple of this; it never changes the result."""
+    pad_to_multiple_of: int | None = Field(None, ge=1)
+    """Batches are padded to their longest text, and from there to a multiple of this; null: of 8, on CPUs of 1."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of a target's probability that is spread over all tokens, in training and in the validation loss."""
     metrics: tuple[str, ...] = ()
@@ -183,7 +183,7 @@ class Task:
         )
 
     def _width(self, most: int) -> Width:
-        multiple = self.args.pad_to_multiple_of
+        multiple = self.args.pad_to_multiple_of or self.context.multiple
         return self.context.width(multiple, -(-most // multiple) * multiple)
 
     def _scoring(self, encoded: Splits, tokenizer: Any, writing: Writing, loss: Any) -> Scoring:

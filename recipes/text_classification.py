@@ -56,8 +56,8 @@ class Args(ModelArgs, RowArgs):
     """All labels in their order; none: those of the training rows, sorted. Needed for streaming."""
     max_length: int = Field(128, ge=8)
     """Tokens of a sample, special ones included; longer texts are cut short at their end, and counted."""
-    pad_to_multiple_of: int = Field(8, ge=1)
-    """Batches are padded to the longest sample in them, and from there to a multiple of this."""
+    pad_to_multiple_of: int | None = Field(None, ge=1)
+    """Batches are padded to their longest sample, and from there to a multiple of this; null: of 8, on CPUs of 1."""
     threshold: float = Field(0.5, gt=0, lt=1)
     """With several labels per row, those at least as probable as this are predicted."""
     metrics: tuple[str, ...] = ()

@@ -50,8 +50,8 @@ class Args(ModelArgs, RowArgs):
     """Train on all tokens of a word, not just the first; those after the first of a B- label have its I- label."""
     max_length: int = Field(128, ge=8)
     """Tokens of a sample, special ones included; words beyond are left out, and counted."""
-    pad_to_multiple_of: int = Field(8, ge=1)
-    """Batches are padded to the longest sample in them, and from there to a multiple of this."""
+    pad_to_multiple_of: int | None = Field(None, ge=1)
+    """Batches are padded to their longest sample, and from there to a multiple of this; null: of 8, on CPUs of 1."""
 
 
 def preview(args: Args, context: RecipeContext) -> Preview:

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.engine.cutting import MULTIPLE, PASS_TOKENS, PLACES, parts
+from launch.engine.cutting import PASS_TOKENS, PLACES, parts
 
 longest_first = st.lists(st.integers(1, 600), min_size=1, max_size=9).map(lambda found: sorted(found, reverse=True))
 
@@ -15,8 +15,7 @@ def cost(lengths: list[int], sizes: list[int]) -> int:
     """Tokens computed in parts of so many rows, padding and the passes themselves included."""
     starts = [0, *itertools.accumulate(sizes)]
     assert starts[-1] == len(lengths)
-    widths = [-(-length // MULTIPLE) * MULTIPLE for length in lengths]
-    return sum(size * widths[start] + PASS_TOKENS for start, size in zip(starts, sizes, strict=False))
+    return sum(size * lengths[start] + PASS_TOKENS for start, size in zip(starts, sizes, strict=False))
 
 
 def divisions(rows: int) -> list[list[int]]:
@@ -43,7 +42,8 @@ def test_many_rows_are_cut_at_few_places_and_never_to_a_loss(lengths: list[int])
 
 def test_rows_are_cut_only_where_it_pays() -> None:
     assert parts(np.array([40] * 64)) == [64]
-    assert parts(np.array([40] * 32 + [33] * 32)) == [64], "they are padded to the same width"
+    assert parts(np.array([40] * 32 + [36] * 32)) == [64]
+    assert parts(np.array([40] * 32 + [35] * 32)) == [32, 32]
     assert parts(np.array([2000, 16, 16, 16])) == [1, 3]
     assert parts(np.array([16 + PASS_TOKENS, 16])) == [2]
-    assert parts(np.array([16 + PASS_TOKENS + MULTIPLE, 16])) == [1, 1]
+    assert parts(np.array([17 + PASS_TOKENS, 16])) == [1, 1]

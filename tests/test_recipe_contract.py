@@ -125,6 +125,22 @@ def test_rows_without_targets_add_nothing_to_loss_and_count(recipe: tuple[str, P
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_batches_are_as_wide_as_asked_for(name: str, cache: Path) -> None:
+    """On a CPU no wider than their longest sample; the tokens are the same ones."""
+    recipe = load_recipe(load(recipes_folder() / f"{name}.yaml", []))
+    exact, eights = (recipe.prepare(RecipeContext(Cache(cache), 0, multiple=multiple)) for multiple in (1, 8))
+    samples = first_samples(exact.validation, 7)
+    for start in range(7):
+        batches = [prepared.collate(samples[start : start + 1]) for prepared in (exact, eights)]
+        narrow, wide = (batch["input_ids"][0] for batch in batches)
+        assert len(narrow) <= len(wide) < len(narrow) + 8
+        if "attention_mask" in batches[0]:
+            assert batches[0]["attention_mask"].all()
+            assert torch.equal(wide[batches[1]["attention_mask"][0].bool()], narrow)
+            assert len(wide) % 8 == 0 or len(wide) == len(narrow)
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_batches_have_few_shapes_where_each_is_compiled_for(name: str, cache: Path) -> None:
     """The short batch at the end too; no sample is cut, and each keeps its tokens."""
     recipe = load_recipe(load(recipes_folder() / f"{name}.yaml", []))

@@ -124,6 +124,21 @@ def test_bf16_and_early_stopping(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.slow
+def test_on_a_cpu_nothing_is_padded_to_the_pieces_that_gpus_compute_in(tmp_path: Path, cache: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from tests.own_recipe import Args, prepare as made\n\n\n"
+        "def prepare(args, context):\n"
+        "    print('padded to', context.width(None, None)(9))\n"
+        "    return made(args, context)\n"
+    )
+    (tmp_path / "run.yaml").write_text(f"recipe: {own}\ntrain: {{max_steps: 1, global_batch_size: 8}}\n")
+    run = command(cache, "run", str(tmp_path / "run.yaml"), "save.export=false", "--out", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    assert "padded to 9\n" in run.stdout + run.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("strategy", ["single", "fsdp2"])
 def test_a_model_that_does_not_come_back_from_its_export_is_no_success(

@@ -139,6 +139,11 @@ def test_batches_have_few_lengths_only_where_each_is_compiled_for() -> None:
     assert planned("parallel.xla_widths=3").buckets is None
 
 
+def test_batches_are_padded_to_eights_where_that_is_how_a_device_computes() -> None:
+    assert planned("train.global_batch_size=32", machine=TPUS).multiple == planned(machine=GPUS).multiple == 8
+    assert planned().multiple == 1
+
+
 def test_an_evaluation_alone_takes_so_many_samples_on_each_device() -> None:
     loaded = load(None, ["recipe=causal_lm", "eval.batch_size=3"])
     plan = make_plan(loaded, TPUS, World(), Preview(), RUN_FOLDER, evaluates=True)

@@ -24,9 +24,6 @@ Collating and counting come on top.
 PLACES = 32
 """Places at which a micro-batch may be cut; more rows are cut in groups. The search then takes 0.1 ms."""
 
-MULTIPLE = 8
-"""Recipes pad to a multiple of so many tokens, unless told otherwise: no padding is saved within."""
-
 
 def parts(lengths: Lengths) -> list[int]:
     """How many rows each part of a micro-batch has that takes the least time; together all of them.
@@ -35,7 +32,7 @@ def parts(lengths: Lengths) -> list[int]:
     as wide as the longest, and PASS_TOKENS. Every division at PLACES is weighed: a dynamic programme from the end.
     """
     rows = len(lengths)
-    widths = -(-lengths.astype(np.int64) // MULTIPLE) * MULTIPLE
+    widths = lengths.astype(np.int64)
     if rows * widths[0] - widths.sum() <= PASS_TOKENS:
         return [rows]  # not even without any padding would two passes be faster
     places = np.append(np.arange(0, rows, -(-rows // PLACES)), rows)
