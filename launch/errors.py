@@ -6,6 +6,8 @@ traceback. Any other exception is a defect of ours and keeps its traceback (exit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class LaunchError(Exception):
     """Base of every error whose message is written for the user."""
@@ -96,3 +98,11 @@ EXIT_CODES: dict[int, str] = {
     PREEMPTED: "stopped by SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP; run it again to go on",
     INTERRUPTED: "stopped by Ctrl-C",
 }
+
+
+def with_causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those behind it, which it was raised from or while handling, the nearest first."""
+    following: BaseException | None = error
+    while following is not None:
+        yield following
+        following = following.__cause__ or following.__context__

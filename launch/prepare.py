@@ -19,7 +19,7 @@ from launch.cache import Cache
 from launch.config import load
 from launch.errors import ConfigError, DataError, LaunchError
 from launch.printing import complain
-from launch.recipe import Prepared, Progress, RecipeContext, Samples, Stream
+from launch.recipe import MULTIPLE, Prepared, Progress, RecipeContext, Samples, Stream
 from launch.registry import Recipe, find_run_file, load_recipe
 from launch.sections import RunConfig
 from launch.stop import StopRequest, StopSignal, exit_code, spoken, uncovered
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    recipe: Recipe, config: RunConfig, display: Display, buckets: int | None = None, multiple: int = 8
+    recipe: Recipe, config: RunConfig, display: Display, buckets: int | None = None, multiple: int = MULTIPLE
 ) -> tuple[Prepared, Cache]:
     """Prepare what is not in the cache yet, and look at it. Needs no process group: waiting is for a file here.
 

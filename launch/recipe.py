@@ -184,6 +184,10 @@ class Width:
         return width if self.most is None else min(width, max(self.most, longest))
 
 
+MULTIPLE = 8
+"""To a multiple of how many tokens batches are padded, unless told otherwise: GPUs compute in pieces of so many."""
+
+
 @dataclass(frozen=True)
 class RecipeContext:
     """What a recipe may use of its surroundings."""
@@ -193,7 +197,7 @@ class RecipeContext:
     progress: Progress = field(default_factory=Progress)
     buckets: int | None = None
     """How many widths batches may have, where a device is compiled for each; None: any."""
-    multiple: int = 8
+    multiple: int = MULTIPLE
     """To a multiple of how many tokens batches are padded where nothing else is asked for."""
 
     def width(self, multiple: int | None, most: int | None) -> Width:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from launch.errors import INTERRUPTED, PREEMPTED
+from launch.errors import INTERRUPTED, PREEMPTED, with_causes
 from launch.record import write_json
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -67,11 +67,9 @@ def uncovered() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        behind: BaseException | None = error
-        while behind is not None:
+        for behind in with_causes(error):
             if isinstance(behind, StopSignal):
                 raise behind from None
-            behind = behind.__cause__ or behind.__context__
         raise
 
 

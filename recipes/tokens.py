@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from recipes.packing import Tokens
 
 BATCH_OF_TEXTS = 1000
+"""Texts handed to the tokenizer at once; it spreads them over the CPU cores."""
+
 BATCH_OF_CHARACTERS = 1_000_000
-"""Of which so many at most are handed to the tokenizer at once; it spreads the texts over the CPU cores."""
+"""Fewer texts are handed to it where these have so many characters together."""
 
 SPLITS = ("train", "validation")
 

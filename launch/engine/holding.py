@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from launch.engine.sharding import innermost, unwrapped
+from launch.errors import with_causes
 
 
 @dataclass
@@ -184,14 +185,6 @@ def _storage(tensor: torch.Tensor) -> tuple[Hashable, int]:
         return id(tensor), 0
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, and those it was raised from."""
-    following: BaseException | None = error
-    while following:
-        yield following
-        following = following.__cause__ or following.__context__
-
-
 def _frames(error: BaseException) -> Iterator[FrameType]:
-    for each in _chain(error):
+    for each in with_causes(error):
         yield from (frame for frame, _ in traceback.walk_tb(each.__traceback__))
