@@ -85,6 +85,8 @@ class Plan(_Frozen):
     batch: BatchPlan
     by_length: ByLength = "off"
     """As far as the recipe tells lengths; plans of the first releases lack it."""
+    padding_free: bool = False
+    """Whether rows are laid end to end where the model's blocks can compute them so; later plans have it."""
     length: Length
     dtypes: Dtypes
     """Number formats; the workers check that they are the real ones."""
@@ -243,6 +245,7 @@ def make_plan(
         processes=processes,
         batch=batch,
         by_length=_by_length(config, processes, preview),
+        padding_free=not evaluates and _padding_free(config, processes, preview),
         length=_length(config, preview),
         dtypes=planned_dtypes(processes.strategy, config.train.precision),
         deepspeed=_deepspeed(config, processes, batch),
@@ -305,9 +308,20 @@ def _batch(loaded: Loaded, processes: Processes, preview: Preview, fits: Fits | 
     )
 
 
+def _alike(preview: Preview) -> bool:
+    """Whether all samples have one length."""
+    return preview.tokens_per_sample is not None if preview.model is None else not preview.model.padded
+
+
+def _padding_free(config: RunConfig, processes: Processes, preview: Preview) -> bool:
+    # Elsewhere it is not measured: where each token lies would have to come to a GPU too, torch.compile would make a
+    # program for each shape.
+    measured = processes.device == "cpu" and not config.train.compile
+    return measured and config.train.padding_free == "auto" and not _alike(preview)
+
+
 def _by_length(config: RunConfig, processes: Processes, preview: Preview) -> ByLength:
-    alike = preview.tokens_per_sample is not None if preview.model is None else not preview.model.padded
-    if config.train.group_by_length == "off" or alike:
+    if config.train.group_by_length == "off" or _alike(preview):
         return "off"
     # One more pass costs little on a CPU alone: a GPU takes as long to be started as for thousands of tokens, sharded
     # weights are exchanged in each, and XLA and torch.compile make a program for each shape.

@@ -14,7 +14,8 @@ HARMLESS_SECTIONS = ("track", "save", "parallel", "cluster")
 """Where the numbers go, what is kept, and who computes: none of it changes what is computed."""
 
 HARMLESS_KEYS = (
-    *("train.micro_batch_size", "train.group_by_length", "train.activation_checkpointing", "train.compile"),
+    *("train.micro_batch_size", "train.group_by_length", "train.padding_free"),
+    *("train.activation_checkpointing", "train.compile"),
     *("train.early_stopping_patience", "train.early_stopping_min_delta"),
     *("train.on_nonfinite", "train.on_spike", "train.spike_deviations"),  # all other updates are as they were
     *("eval.batch_size", "eval.every_steps", "eval.every_epochs", "eval.at_start"),

@@ -46,6 +46,8 @@ class TrainSection(Section):
     """Samples one process handles at once; null: global_batch_size / processes; auto: as many as fit into memory."""
     group_by_length: Literal["auto", "off"] = "auto"
     """Deal out the samples of an update, and of an evaluation, by length: less padding, the same result."""
+    padding_free: Literal["auto", "off"] = "auto"
+    """Lay the rows of a batch end to end for the model's blocks, on CPUs: no padding is computed, the same result."""
     max_steps: int | None = Field(None, ge=1)
     """Number of optimizer updates; excludes train.epochs."""
     epochs: float | None = Field(None, gt=0)

@@ -36,7 +36,7 @@ def run_ranks(
         while len(results) < world_size:
             rank, result, trace = answers.get(timeout=timeout_seconds)
             if trace:
-                raise AssertionError(f"rank {rank} of {world_size} failed:\n{trace}")
+                raise AssertionError(f"rank {rank} of {world_size} failed:\n{trace}{_others(ranks, rank, results)}")
             results[rank] = result
     except queue.Empty:
         raise AssertionError(f"ranks {set(range(world_size)) - set(results)} did not answer") from None
@@ -45,6 +45,17 @@ def run_ranks(
             process.join(timeout=10 if len(results) == world_size else 0)
             process.kill()
     return [results[rank] for rank in range(world_size)]
+
+
+def _others(ranks: list[Any], failed: int, results: dict[int, Any]) -> str:
+    """How the other ranks are, for one that has lost its connection is rarely the one at fault."""
+    told = ""
+    for rank, process in enumerate(ranks):
+        if rank != failed:
+            process.join(timeout=1)
+            answered = "has answered" if rank in results else "has not answered"
+            told += f"rank {rank} {answered}; its exit code is {process.exitcode}\n"
+    return told
 
 
 def _free_port() -> int:

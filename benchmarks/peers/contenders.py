@@ -115,6 +115,7 @@ CONTENDERS = {
         Contender(
             "shoal, packed", "transformers", tasks=("instruction",), settings={"recipe_args": {"packing": "isolated"}}
         ),
+        Contender("shoal, padded", "transformers", tasks=ALL[1:], settings={"train": {"padding_free": "off"}}),
         Contender("PyTorch alone", "transformers", f"{_HERE}with_torch"),
         Contender("Accelerate loop", "transformers", f"{_HERE}with_accelerate", tasks=ALL),
         Contender("Trainer", "transformers", f"{_HERE}with_trainer", tasks=ALL),

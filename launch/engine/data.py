@@ -19,13 +19,13 @@ class Data:
     train: Loader | Reader
     validation: Loader | Reader
 
-    def work(self, plan: Plan, updates: int, done: Position, rank: int, world_size: int) -> Work:
-        """The windows that are left of so many updates, with this rank's batches."""
+    def work(self, plan: Plan, updates: int, done: Position, rank: int, world_size: int, *, cut: bool = False) -> Work:
+        """The windows that are left of so many updates, with this rank's batches; with `cut` cut to save padding."""
         if isinstance(self.train, Reader):
             return self.train.windows(updates, done.update, done.epoch, done.consumed)
         samples, seed = len(self.train.samples), plan.config.train.seed
-        sizes, dealt = (plan.batch.global_batch_size, plan.rows), (self.train.lengths, plan.by_length == "cut")
-        order = Order(samples, *sizes, seed, rank, world_size, *dealt)
+        sizes = plan.batch.global_batch_size, plan.rows
+        order = Order(samples, *sizes, seed, rank, world_size, self.train.lengths, cut)
         return self.train.load(lambda: order.windows(done.update + 1, updates))
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -58,6 +59,8 @@ class Step:
     clock: Clock = field(default_factory=Clock)
     pace: Pace = field(default_factory=Pace)
     devices: Devices = field(default_factory=Devices)
+    laid: Callable[[Batch], AbstractContextManager[object]] = nullcontext
+    """How the rows of a micro-batch lie while it is computed."""
 
     def __call__(self, window: Window, batches: list[dict[str, torch.Tensor]]) -> StepResult:
         """Make one update from this rank's micro-batches, or leave it out as the watch says. Every rank must call this.
@@ -101,7 +104,7 @@ class Step:
         """Add up gradients; the summed loss of each of this rank's micro-batches, and of all of all ranks."""
         sums = []
         for position, (micro_batch, batch) in enumerate(pairs):
-            with self.updates.micro_batch(last=position == len(pairs) - 1):
+            with self.laid(batch), self.updates.micro_batch(last=position == len(pairs) - 1):
                 with self.clock.forward(gathers=self.updates.gathers):
                     loss = self.loss(self.model, self.devices.place(self.accelerator, batch))
                     if micro_batch.filler:

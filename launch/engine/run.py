@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from launch.engine.agree import Requests, any_rank, gathered
 from launch.engine.batching import Position, Window, Work
 from launch.engine.blocks import checkpoint_activations, compile_blocks
 from launch.engine.checkpoint import model_files
-from launch.engine.contract import check_sums, checked
+from launch.engine.contract import LOOKED_AT, check_sums, checked
 from launch.engine.data import Data
 from launch.engine.devices import devices_of, moved
 from launch.engine.export import write_all
@@ -30,6 +31,7 @@ from launch.engine.loss import Counts
 from launch.engine.memory import Load, PeakMemory
 from launch.engine.meters import Clock, Meter
 from launch.engine.optim import make_optimizer
+from launch.engine.padding_free import PaddingFree, padding_free, some_rows
 from launch.engine.precision import Autocast, LossScale, check, forward_dtypes, in_autocast
 from launch.engine.profiling import memory_noted, profiler
 from launch.engine.progress import Display
@@ -91,6 +93,7 @@ class Run:
         """How many numbers the whole model has, each tied weight once, and how many of them are trained."""
         self._model_files = model_files(model, prepared.tokenizer) if accelerator.is_main_process else {}
         self._frozen = hashes(model)
+        self._rows = self._padding_free(model) if plan.padding_free else None
         if config.train.activation_checkpointing:
             checkpoint_activations(model)
         if config.train.compile:
@@ -127,6 +130,7 @@ class Run:
             Clock(accelerator.device.type, accelerator.num_processes),
             Pace(accelerator.process_index, gathered([socket.gethostname()]), self._spent),
             self.devices,
+            self._rows.laid if self._rows else nullcontext,
         )
         self._meter = Meter(self.step.clock)
         self.tracker: Tracker | None = None
@@ -138,6 +142,14 @@ class Run:
         """The recipe's model as it is before training, the same on every rank."""
         set_seed(self.plan.config.train.seed)
         return self.prepared.build_model()
+
+    def _padding_free(self, model: Any) -> PaddingFree | None:
+        """What lays the rows of a batch of this model end to end, if its blocks can compute them so."""
+        batch = some_rows(first_samples(self.prepared.train, LOOKED_AT), self.prepared.collate)
+        found = padding_free(model, self.prepared.loss, batch) if batch else None
+        if batch and found is None:
+            self.display.say(f"{type(model).__name__} computes padded rows: its blocks cannot take them end to end")
+        return found
 
     @property
     def updates_done(self) -> int:
@@ -292,7 +304,8 @@ class Run:
     def _work(self) -> Work:
         """The windows of the run that are left, with this rank's batches."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        return self._data.work(self.plan, self.schedule.total, self.position, rank, world_size)
+        cut = self.plan.by_length == "cut" and self._rows is None
+        return self._data.work(self.plan, self.schedule.total, self.position, rank, world_size, cut=cut)
 
     def _requests(self) -> Requests:
         """What this rank wants, to be added up over all ranks with the counts of the next update."""
