@@ -14,6 +14,7 @@ BY_LENGTH = {
     "dealt": "as far as the recipe tells it; the result is the same, with less padding",
     "cut": "as far as the recipe tells it, micro-batches cut where that saves padding; the result is the same",
 }
+END_TO_END = "where the model's blocks can compute them so: no padding is, and the result is the same"
 BATCH = ("train.global_batch_size", "train.micro_batch_size")
 RATES = ("train.learning_rate", "train.schedule", "train.warmup_ratio", "train.warmup_steps")
 
@@ -50,6 +51,8 @@ def explain(plan: Plan) -> list[Line]:
         lines.append(
             Line("within an update", "samples by length", BY_LENGTH[plan.by_length], ("train.group_by_length",))
         )
+    if plan.padding_free:
+        lines.append(Line("rows of a batch", "laid end to end", END_TO_END, ("train.padding_free",)))
     lines.append(
         Line("training samples", "known after preparation" if length.samples is None else f"{length.samples:,}")
     )

@@ -19,12 +19,16 @@ class Data:
     train: Loader | Reader
     validation: Loader | Reader
 
-    def work(self, plan: Plan, updates: int, done: Position, rank: int, world_size: int, *, cut: bool = False) -> Work:
-        """The windows that are left of so many updates, with this rank's batches; with `cut` cut to save padding."""
+    def work(self, plan: Plan, updates: int, done: Position, rank: int, world_size: int, *, laid: bool = False) -> Work:
+        """The windows that are left of so many updates, with this rank's batches.
+
+        They are cut as planned, unless no padding is to be saved: where rows are `laid` end to end.
+        """
         if isinstance(self.train, Reader):
             return self.train.windows(updates, done.update, done.epoch, done.consumed)
         samples, seed = len(self.train.samples), plan.config.train.seed
         sizes = plan.batch.global_batch_size, plan.rows
+        cut = plan.by_length == "cut" and not laid
         order = Order(samples, *sizes, seed, rank, world_size, self.train.lengths, cut)
         return self.train.load(lambda: order.windows(done.update + 1, updates))
 

@@ -307,13 +307,11 @@ def _worth_it(masks: dict[Side, torch.Tensor]) -> list[list[int]] | None:
 
 def some_rows(samples: Sequence[Any], collate: Callable[[list[Any]], dict[str, Any]]) -> dict[str, Any] | None:
     """A batch of four of these samples, from the shortest to the longest; None where all have one length."""
-    batches = [collate([sample]) for sample in samples]
-    if not all("attention_mask" in batch for batch in batches):
-        return None
-    lengths = [int((batch["attention_mask"] != 0).sum()) for batch in batches]
-    order = np.argsort(lengths, kind="stable")
+    mask = collate(list(samples)).get("attention_mask") if samples else None
+    lengths = [] if mask is None else (mask != 0).sum(1).tolist()
     if len(set(lengths)) < 2:
         return None
+    order = np.argsort(lengths, kind="stable")
     return collate([samples[order[place * (len(order) - 1) // 3]] for place in range(4)])
 
 

@@ -304,8 +304,8 @@ class Run:
     def _work(self) -> Work:
         """The windows of the run that are left, with this rank's batches."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        cut = self.plan.by_length == "cut" and self._rows is None
-        return self._data.work(self.plan, self.schedule.total, self.position, rank, world_size, cut=cut)
+        laid = self._rows is not None
+        return self._data.work(self.plan, self.schedule.total, self.position, rank, world_size, laid=laid)
 
     def _requests(self) -> Requests:
         """What this rank wants, to be added up over all ranks with the counts of the next update."""
