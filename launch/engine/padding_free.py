@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,14 +59,14 @@ OF_TOKENS = ("position_embeddings", "position_ids")
 
 
 def rows_of_documents(lengths: Lengths) -> list[list[int]]:
-    """Which documents lie in one row: of all widths in WIDTHS, at the one that costs least. Pure.
+    """Which documents lie in one row: of all widths in WIDTHS, each side its own, at those that cost least. Pure.
 
     `lengths` has shape `(documents, sides)`; a document lies in the same row on all sides. First fit, the longest
     first: Johnson, Near-optimal bin packing algorithms, 1973.
     """
     order = np.argsort(-lengths.sum(1), kind="stable").tolist()
-    rooms = [np.ceil(lengths.max(0) * width).astype(np.int64) for width in WIDTHS]
-    tried = [_first_fit(lengths, order, room) for room in rooms]
+    widths = itertools.product(WIDTHS, repeat=lengths.shape[1])
+    tried = [_first_fit(lengths, order, np.ceil(lengths.max(0) * width).astype(np.int64)) for width in widths]
     return min(tried, key=lambda rows: _cost(lengths, rows))
 
 
@@ -93,16 +94,19 @@ def _widths(lengths: Lengths, rows: list[list[int]]) -> Lengths:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a padded batch lie in fewer rows. `places` are none of a batch."""
+    """Where the tokens of a padded batch lie in fewer rows.
+
+    Places that are left free at the end of a row hold some token of the batch, which only those like them see.
+    """
 
     shape: tuple[int, int]
     """Of the padded batch: rows, tokens."""
     document: torch.Tensor
-    """The padded row that the token at each place is of, 0 at none; shape `(rows, width)`, as all here."""
+    """The padded row that the token at each place is of; shape `(rows, width)`."""
     token: torch.Tensor
-    """Where in that row it is, 0 at none."""
+    """Where in that row it is; the same shape."""
     group: torch.Tensor
-    """The same for tokens that see each other: its document, or -1 at places that hold none."""
+    """The same number at places that see each other: that of their document, or -1 at free ones; the same shape."""
     back: torch.Tensor
     """For each token of the padded batch its place, counted through all rows; 0 of padding. Shape `(batch, seq)`."""
 
@@ -111,8 +115,8 @@ class Layout:
         """`mask`, shape `(batch, seq)`, is not 0 where a padded batch has a token."""
         real = [np.flatnonzero(row) for row in mask.numpy()]
         width = max(sum(len(real[document]) for document in row) for row in rows)
-        document, token = np.zeros((2, len(rows), width), np.int64)
-        group = np.full((len(rows), width), -1, np.int64)
+        some = max(range(len(real)), key=lambda document: len(real[document]))
+        document, token, group = (np.full((len(rows), width), value) for value in (some, real[some][0], -1))
         back = np.zeros(mask.shape, np.int64)
         for number, row in enumerate(rows):
             start = 0
@@ -147,19 +151,13 @@ def _seen(mask: torch.Tensor | None, seeing: Layout, seen: Layout, *, causal: bo
     """
     same = seeing.group[:, :, None] == seen.group[:, None, :]
     if mask is None:
-        if causal:
-            same &= seeing.token[:, :, None] >= seen.token[:, None, :]
-            same |= (seeing.group[:, :, None] < 0) & (seen.group[:, None, :] < 0)
-        return same[:, None]
+        return (same & (seeing.token[:, :, None] >= seen.token[:, None, :]) if causal else same)[:, None]
     document = seeing.document[:, :, None] if mask.shape[0] > 1 else torch.zeros((1, 1, 1), dtype=torch.int64)
     token = seeing.token[:, :, None] if mask.shape[2] > 1 else torch.zeros((1, 1, 1), dtype=torch.int64)
     given = mask[document, 0, token, seen.token[:, None, :]]
-    # A place that holds no token sees the others like it, for softmax over nothing is not a number.
-    nowhere = seeing.group[:, :, None] < 0
     if mask.dtype == torch.bool:
-        return ((given | nowhere) & same)[:, None]
-    least = torch.finfo(mask.dtype).min
-    return given.masked_fill(nowhere, 0.0).masked_fill(~same, least)[:, None]
+        return (given & same)[:, None]
+    return given.masked_fill(~same, torch.finfo(mask.dtype).min)[:, None]
 
 
 # --- a model whose blocks are given them -----------------------------------------------------------------
@@ -204,18 +202,14 @@ class PaddingFree:
 
         `rows` say which documents lie in one row; None: as is fastest, or padded if nothing is saved.
         """
-        masks = _masks(batch) if self.stacks else {}
-        if masks.keys() == self.stacks.keys():
+        masks = {side: mask for side, mask in _masks(batch).items() if side in self.stacks}
+        if len(masks) == len(self.stacks):
             rows = rows or _worth_it(masks)
             self._now = _Laid({side: Layout.of(mask, rows) for side, mask in masks.items()}) if rows else None
         try:
             yield
         finally:
             self._now = None
-
-    def holds(self) -> bool:
-        """Whether the batch that is being computed is laid on all sides."""
-        return self._now is not None and self._now.sides.keys() == self.stacks.keys()
 
     def _before(
         self, _: Any, args: Any, kwargs: Any, *, side: Side, first: bool, parameters: tuple[str, ...], causal: bool
@@ -358,7 +352,7 @@ def _computed(
         if rows:
             ends.enter_context(hooks.laid(batch, rows))
         found.append(("loss", loss(model, batch)))
-        complete = len(found) == len(hooks.stacks) + 1 > 1 and (hooks.holds() or not rows)
+        complete = len(found) == len(hooks.stacks) + 1 > 1
     return dict(found) if complete else {}
 
 
