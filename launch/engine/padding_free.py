@@ -96,7 +96,7 @@ def _widths(lengths: Lengths, rows: list[list[int]]) -> Lengths:
 class Layout:
     """Where the tokens of a padded batch lie in fewer rows.
 
-    Places that are left free at the end of a row hold some token of the batch, which only those like them see.
+    Places that are left free at the end of a row hold the first token of the batch, seen by none but those like them.
     """
 
     shape: tuple[int, int]
@@ -115,8 +115,8 @@ class Layout:
         """`mask`, shape `(batch, seq)`, is not 0 where a padded batch has a token."""
         real = [np.flatnonzero(row) for row in mask.numpy()]
         width = max(sum(len(real[document]) for document in row) for row in rows)
-        some = max(range(len(real)), key=lambda document: len(real[document]))
-        document, token, group = (np.full((len(rows), width), value) for value in (some, real[some][0], -1))
+        document, token = np.zeros((2, len(rows), width), np.int64)
+        group = np.full((len(rows), width), -1)
         back = np.zeros(mask.shape, np.int64)
         for number, row in enumerate(rows):
             start = 0
