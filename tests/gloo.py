@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from launch.engine.leaving import leave
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preload"])
 
@@ -78,9 +80,11 @@ def _rank(rank: int, world_size: int, port: int, function: Any, arguments: Any, 
     multiprocessing.set_start_method(None, force=True)  # data workers start as those of any rank do
     try:
         answers.put((rank, function(*arguments), ""))
+        failed = False
     except BaseException:
         answers.put((rank, None, traceback.format_exc()))
+        failed = True
     answers.close()
     answers.join_thread()
-    if world_size > 1 and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if not failed:  # the others of one that has failed may wait for it for ever; they are ended from outside
+        leave()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.engine.leaving import leave
 from launch.engine.sharding import serve_store
 
 ROUNDS = 5
@@ -52,5 +53,5 @@ def exchange(size_bytes: int, rank: int, size: int, gpu: int | None) -> dict[str
         seconds.append(time.perf_counter() - began)
     right = bool((tensor == size * (size + 1) / 2).all())
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
     return {"backend": backend, "right": right, "gigabytes_per_second": size_bytes / min(seconds) / 1e9}
