@@ -406,6 +406,28 @@ def test_a_schedule_is_made_once_the_samples_are_known() -> None:
 @pytest.mark.parametrize(
     ("overrides", "machine", "preview", "expected"),
     [
+        ((), CPU, Preview(), True),
+        (("parallel.devices=2", "parallel.strategy=fsdp2"), CPU, Preview(), True),
+        (("train.group_by_length=off",), CPU, Preview(), True),
+        (("train.padding_free=off",), CPU, Preview(), False),
+        (("train.compile=true",), CPU, Preview(), False),
+        ((), GPUS, Preview(), False),
+        (("parallel.device=xla",), TPUS, Preview(), False),
+        ((), CPU, Preview(tokens_per_sample=128), False),
+        ((), CPU, Preview(model=ModelUse({}, "next_token", 128, padded=False)), False),
+    ],
+)
+def test_rows_are_laid_end_to_end_on_cpus(
+    overrides: tuple[str, ...], machine: Machine, preview: Preview, expected: bool
+) -> None:
+    plan = planned(*overrides, machine=machine, preview=preview)
+    assert plan.padding_free == expected
+    assert ("rows of a batch" in explained(plan)) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "preview", "expected"),
+    [
         ((), CPU, Preview(), "cut"),
         (("parallel.devices=2",), CPU, Preview(), "cut"),
         (("parallel.devices=2", "parallel.strategy=fsdp2"), CPU, Preview(), "dealt"),
