@@ -41,13 +41,18 @@ def limit_around(root: Path = Path("/")) -> Limit | None:
 
     Source: memory.max and memory.current of cgroup v2, or the files of v1 that end in _in_bytes.
     """
+    return min(limits_around(root), key=lambda each: each.limit - each.used, default=None)
+
+
+def limits_around(root: Path = Path("/")) -> list[Limit]:
+    """All limits that this process shares, the nearest first: of its control group and of those above it."""
     limits = []
     for path in _files(root, "memory.limit_in_bytes", "memory.max"):
         using = path.with_name("memory.current" if path.name == "memory.max" else "memory.usage_in_bytes")
         limit, used = _number(path), _number(using)
         if limit is not None and limit < UNLIMITED and used is not None:
             limits.append(Limit(limit, used))
-    return min(limits, key=lambda each: each.limit - each.used, default=None)
+    return limits
 
 
 UNLIMITED = 2**62

@@ -21,6 +21,7 @@ import psutil
 from launch.accelerators import count_gpus, find_tpus, gpu_name, xla_on_cpu
 from launch.devices import kind_of
 from launch.errors import TopologyError
+from launch.out_of_memory import limits_around
 from launch.secret import is_secret_value
 from launch.slurm_names import Job, Step, read_job, read_step
 from launch.strategy import ZERO_STRATEGIES, Strategy, strategy_with_offload
@@ -44,7 +45,7 @@ class Machine:
     cpu_has_bf16: bool = False
     """Whether the CPU multiplies matrices of bf16 in hardware (AMX), with twice the speed of fp32 and more."""
     memory_bytes: int = 0
-    """Main memory, or what a container's limit leaves of it."""
+    """Main memory, or what the limits of control groups leave of it."""
     tpus: int = 0
     """Devices of its TPU chips."""
     tpu_name: str = ""
@@ -117,13 +118,8 @@ def _cpu_has_bf16(cpus: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def _memory_bytes(root: Path = Path("/")) -> int:
-    total = psutil.virtual_memory().total
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2, cgroup 1
-        path = root / "sys/fs/cgroup" / name
-        text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-        if text.isdecimal():  # "max": no limit
-            total = min(total, int(text))
-    return int(total)
+    """Of the machine, or what a control group leaves of it: a container's, a service's, that of a job of SLURM."""
+    return min([psutil.virtual_memory().total, *(each.limit for each in limits_around(root))])
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:

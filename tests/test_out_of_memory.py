@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.out_of_memory import Limit, kills_around, kills_on_host, limit_around
+from launch.topology import _memory_bytes
 
 V1 = "5:devices:/job/7\n4:memory:/job/7\n0::/\n"
 
@@ -58,6 +60,20 @@ def test_the_limit_that_leaves_the_least(tmp_path: Path) -> None:
     assert limit_around(tmp_path) == Limit(1000, 900), "smaller, but there is more room in it"
     write(tmp_path, **{f"{above}.current": "700\n"})
     assert limit_around(tmp_path) == Limit(800, 600)
+
+
+def test_the_memory_of_a_machine_is_what_the_closest_limit_leaves(tmp_path: Path) -> None:
+    """As in a job of SLURM, whose limit is below that of the groups above it."""
+    everything = psutil.virtual_memory().total
+    assert _memory_bytes(tmp_path) == everything
+    job, above = "sys__fs__cgroup__job__7__memory", "sys__fs__cgroup__job__memory"
+    write(tmp_path, proc__self__cgroup="0::/job/7\n", **{f"{job}.max": "3000\n", f"{job}.current": "600\n"})
+    write(tmp_path, **{f"{above}.max": f"{2 * everything}\n", f"{above}.current": "900\n"})
+    assert _memory_bytes(tmp_path) == 3000
+    write(tmp_path, **{f"{above}.max": "2000\n"})
+    assert _memory_bytes(tmp_path) == 2000
+    write(tmp_path, **{f"{above}.max": "max\n", f"{job}.max": "max\n"})
+    assert _memory_bytes(tmp_path) == everything
 
 
 def test_the_limit_as_version_1_tells_it(tmp_path: Path) -> None:

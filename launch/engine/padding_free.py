@@ -316,6 +316,8 @@ def padding_free(model: Any, loss: Callable[[Any, Batch], torch.Tensor], batch: 
     a head looks at padding. So it is tried, with `batch` of four rows, as `some_rows` finds them, two in each row.
     """
     hooks = PaddingFree(model)
+    if not hooks.stacks:
+        return None
     training = model.training
     model.eval()
     same = False
@@ -352,7 +354,7 @@ def _computed(
         if rows:
             ends.enter_context(hooks.laid(batch, rows))
         found.append(("loss", loss(model, batch)))
-        complete = len(found) == len(hooks.stacks) + 1 > 1
+        complete = len(found) == len(hooks.stacks) + 1
     return dict(found) if complete else {}
 
 
