@@ -336,11 +336,21 @@ def test_rows_of_a_batch_come_back_as_they_were() -> None:
 def test_a_batch_to_try_has_rows_from_the_shortest_to_the_longest() -> None:
     from recipes.causal_lm import collate
 
-    samples = tiny.sequences(16)
-    batch = some_rows(samples, collate)
-    assert batch is not None
-    lengths = sorted(map(len, samples))
-    assert batch["attention_mask"].sum(1).tolist() == [lengths[place] for place in (0, 5, 10, 15)]
-    assert some_rows(samples[:1], collate) is None
-    assert some_rows([], collate) is None
-    assert some_rows([samples[0], samples[0]], collate) is None, "none is padded"
+    def tried(samples: list[Any]) -> tuple[list[int] | None, list[int]]:
+        """Tokens of its rows, and how many samples were asked for."""
+        asked: list[int] = []
+
+        def first(count: int) -> list[Any]:
+            asked.append(count)
+            return samples[:count]
+
+        batch = some_rows(first, collate)
+        return None if batch is None else batch["attention_mask"].sum(1).tolist(), asked
+
+    samples = tiny.sequences(20)
+    assert tried(samples) == (sorted(map(len, samples[:4])), [4]), "no more are read than it takes"
+    alike = [samples[0]] * 6 + samples[1:10]
+    lengths = sorted(map(len, alike))
+    assert tried(alike) == ([lengths[place] for place in (0, 4, 9, 14)], [4, 16])
+    for none in ([], samples[:1], [samples[0]] * 20):
+        assert tried(none) == (None, [4, 16])

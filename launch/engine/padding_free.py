@@ -299,14 +299,24 @@ def _worth_it(masks: dict[Side, torch.Tensor]) -> list[list[int]] | None:
 # --- whether a model can do it ---------------------------------------------------------------------------
 
 
-def some_rows(samples: Sequence[Any], collate: Callable[[list[Any]], dict[str, Any]]) -> dict[str, Any] | None:
-    """A batch of four of these samples, from the shortest to the longest; None where all have one length."""
-    mask = collate(list(samples)).get("attention_mask") if samples else None
-    lengths = [] if mask is None else (mask != 0).sum(1).tolist()
-    if len(set(lengths)) < 2:
-        return None
-    order = np.argsort(lengths, kind="stable")
-    return collate([samples[order[place * (len(order) - 1) // 3]] for place in range(4)])
+LOOKED_AT = (4, 16)
+"""Samples that are read to find four to try, the second number where those of the first all have one length."""
+
+
+def some_rows(
+    first: Callable[[int], Sequence[Any]], collate: Callable[[list[Any]], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """A batch of four samples, from the shortest to the longest; None where all have one length.
+
+    `first` gives as many of the first samples as it is told.
+    """
+    for samples in map(first, LOOKED_AT):
+        mask = collate(list(samples)).get("attention_mask") if samples else None
+        lengths = [] if mask is None else (mask != 0).sum(1).tolist()
+        if len(set(lengths)) > 1:
+            order = np.argsort(lengths, kind="stable")
+            return collate([samples[order[place * (len(order) - 1) // 3]] for place in range(4)])
+    return None
 
 
 def padding_free(model: Any, loss: Callable[[Any, Batch], torch.Tensor], batch: Batch) -> PaddingFree | None:

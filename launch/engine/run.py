@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from launch.engine.agree import Requests, any_rank, gathered
 from launch.engine.batching import Position, Window, Work
 from launch.engine.blocks import checkpoint_activations, compile_blocks
 from launch.engine.checkpoint import model_files
-from launch.engine.contract import LOOKED_AT, check_sums, checked
+from launch.engine.contract import check_sums, checked
 from launch.engine.data import Data
 from launch.engine.devices import devices_of, moved
 from launch.engine.export import write_all
@@ -145,7 +146,7 @@ class Run:
 
     def _padding_free(self, model: Any) -> PaddingFree | None:
         """What lays the rows of a batch of this model end to end, if its blocks can compute them so."""
-        batch = some_rows(first_samples(self.prepared.train, LOOKED_AT), self.prepared.collate)
+        batch = some_rows(functools.partial(first_samples, self.prepared.train), self.prepared.collate)
         found = padding_free(model, self.prepared.loss, batch) if batch else None
         if batch and found is None:
             self.display.say(f"{type(model).__name__} computes padded rows: its blocks cannot take them end to end")
