@@ -140,6 +140,8 @@ def changes(config: RunConfig, original: Plan | None, processes: int) -> list[st
             for name in ("strategy", "deepspeed_config")
             if (value := getattr(config.parallel, name)) not in ("auto", None)
         ]
+    if original is not None and original.by_length != "off" and not original.padding_free:  # as only a CPU goes without
+        stated.append("train.padding_free=off")
     if config.train.precision == "fp16":  # only a GPU computes in it
         stated.append("train.precision=fp32")
     return stated

@@ -333,24 +333,30 @@ def test_rows_of_a_batch_come_back_as_they_were() -> None:
         assert torch.equal(layout.laid(torch.arange(11)[None])[layout.group >= 0], layout.token[layout.group >= 0])
 
 
-def test_a_batch_to_try_has_rows_from_the_shortest_to_the_longest() -> None:
+def test_a_batch_to_try_has_rows_that_differ_in_length() -> None:
     from recipes.causal_lm import collate
 
-    def tried(samples: list[Any]) -> tuple[list[int] | None, list[int]]:
-        """Tokens of its rows, and how many samples were asked for."""
-        asked: list[int] = []
+    read: list[int] = []
 
-        def first(count: int) -> list[Any]:
-            asked.append(count)
-            return samples[:count]
+    class Read(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            read.append(index)
+            return super().__getitem__(index)
 
-        batch = some_rows(first, collate)
-        return None if batch is None else batch["attention_mask"].sum(1).tolist(), asked
+    def tried(samples: list[Any], *, known: bool = True) -> tuple[list[int] | None, list[int]]:
+        """Tokens of its rows, and which samples were read."""
+        read.clear()
+        batch = some_rows(Read(samples), tiny.lengths(samples) if known else None, collate)
+        return None if batch is None else batch["attention_mask"].sum(1).tolist(), read.copy()
 
     samples = tiny.sequences(20)
-    assert tried(samples) == (sorted(map(len, samples[:4])), [4]), "no more are read than it takes"
-    alike = [samples[0]] * 6 + samples[1:10]
-    lengths = sorted(map(len, alike))
-    assert tried(alike) == ([lengths[place] for place in (0, 4, 9, 14)], [4, 16])
+    lengths = [len(sample) for sample in samples]
+    assert len({*lengths[:4]}) == 4
+    assert tried(samples) == tried(samples, known=False) == (lengths[:4], [0, 1, 2, 3])
+    alike = [samples[0]] * 6 + samples[1:4]
+    assert tried(alike) == (lengths[:4], [0, 6, 7, 8])
+    assert tried(alike, known=False)[0] is None, "no other samples are read to find out"
+    assert tried(alike[:7]) == ([*lengths[:2], *lengths[:2]], [0, 6])
     for none in ([], samples[:1], [samples[0]] * 20):
-        assert tried(none) == (None, [4, 16])
+        assert tried(none)[0] is None
+    assert some_rows(iter(samples), None, collate) is not None  # type: ignore[arg-type]

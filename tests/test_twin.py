@@ -43,10 +43,13 @@ def test_every_key_that_differs_is_told_and_no_other() -> None:
     overrides = ("parallel.strategy=zero2", "train.global_batch_size=16")
     run = planned(Machine("gpus", cores=8, gpus=8), *overrides)
     twin = planned(
-        HERE, *overrides, "parallel.device=cpu", "parallel.devices=2", "train.precision=bf16", folder="/runs/two"
+        *(HERE, *overrides, "parallel.device=cpu", "parallel.devices=2", "train.padding_free=off"),
+        "train.precision=bf16",
+        folder="/runs/two",
     )
     told = by_key(differences(run, twin))
     assert told == {
+        "config.train.padding_free": "auto → off",
         "config.train.precision": "fp32 → bf16",
         "config.parallel.device": "auto → cpu",
         "config.parallel.devices": "auto → 2",
@@ -116,8 +119,10 @@ def test_what_only_a_gpu_can_do_and_a_strategy_left_open_are_stated_for_the_twin
     assert changes(half, None, 2) == [*on_cpu, "train.precision=fp32"]
     run = planned(Machine("gpus", 8, 8), "train.global_batch_size=8")
     assert run.processes.strategy is Strategy.DDP
-    assert changes(config, run, 2) == on_cpu
-    assert changes(config, run, 1)[-1] == "parallel.strategy=ddp"
+    assert changes(config, run, 2) == [*on_cpu, "train.padding_free=off"]
+    assert changes(config, run.model_copy(update={"by_length": "off"}), 2) == on_cpu, "there is no padding"
+    assert changes(config, run.model_copy(update={"padding_free": True}), 2) == on_cpu
+    assert "parallel.strategy=ddp" in changes(config, run, 1)
 
 
 @pytest.mark.parametrize("strategy", [each for each in Strategy if each not in (Strategy.SINGLE, Strategy.XLA)])

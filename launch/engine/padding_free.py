@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-if TYPE_CHECKING:
-    from launch.recipe import Batch
+from launch.engine.streams import first_samples, is_stream
 
-    Lengths = np.ndarray[Any, np.dtype[np.int64]]
+if TYPE_CHECKING:
+    from launch.recipe import Batch, Lengths, Samples, Stream
 
 Side = Literal["source", "target"]
 """The tokens a block computes: those that are attended to by a decoder, or of any model without one; or its own."""
@@ -299,31 +299,31 @@ def _worth_it(masks: dict[Side, torch.Tensor]) -> list[list[int]] | None:
 # --- whether a model can do it ---------------------------------------------------------------------------
 
 
-LOOKED_AT = (4, 16)
-"""Samples that are read to find four to try, the second number where those of the first all have one length."""
+TRIED = 4
+"""Samples that a model is tried with."""
 
 
 def some_rows(
-    first: Callable[[int], Sequence[Any]], collate: Callable[[list[Any]], dict[str, Any]]
+    samples: Samples | Stream, lengths: Lengths | None, collate: Callable[[list[Any]], dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """A batch of four samples, from the shortest to the longest; None where all have one length.
+    """A batch of the first samples that differ in length, or where no lengths are known of the first.
 
-    `first` gives as many of the first samples as it is told.
+    None if none of it is padded, or it does not say.
     """
-    for samples in map(first, LOOKED_AT):
-        mask = collate(list(samples)).get("attention_mask") if samples else None
-        lengths = [] if mask is None else (mask != 0).sum(1).tolist()
-        if len(set(lengths)) > 1:
-            order = np.argsort(lengths, kind="stable")
-            return collate([samples[order[place * (len(order) - 1) // 3]] for place in range(4)])
-    return None
+    if lengths is None or is_stream(samples):
+        found = first_samples(samples, TRIED)
+    else:
+        places = np.sort(np.unique(lengths, return_index=True)[1])[:TRIED]
+        found = [samples[int(place)] for place in places]
+    batch = collate((found * TRIED)[:TRIED]) if found else {}
+    return batch if "attention_mask" in batch and len(set(batch["attention_mask"].sum(1).tolist())) > 1 else None
 
 
 def padding_free(model: Any, loss: Callable[[Any, Batch], torch.Tensor], batch: Batch) -> PaddingFree | None:
     """What lays rows of this model end to end; None where it would not compute the same.
 
     It would not where blocks are told of positions or masks in other ways (ALiBi, states that run through a row), or
-    a head looks at padding. So it is tried, with `batch` of four rows, as `some_rows` finds them, two in each row.
+    a head looks at padding. So it is tried, with `batch` of TRIED rows as `some_rows` finds them, two in each row.
     """
     hooks = PaddingFree(model)
     if not hooks.stacks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import socket
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -146,7 +145,8 @@ class Run:
 
     def _padding_free(self, model: Any) -> PaddingFree | None:
         """What lays the rows of a batch of this model end to end, if its blocks can compute them so."""
-        batch = some_rows(functools.partial(first_samples, self.prepared.train), self.prepared.collate)
+        lengths = getattr(self._data.train, "lengths", None)
+        batch = some_rows(self.prepared.train, lengths, self.prepared.collate)
         found = padding_free(model, self.prepared.loss, batch) if batch else None
         if batch and found is None:
             self.display.say(f"{type(model).__name__} computes padded rows: its blocks cannot take them end to end")
