@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,35 @@ def test_it_is_collected_again_after_an_import_that_fails_and_not_where_nobody_w
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+def test_scipy_is_not_imported_for_one_function_of_losses_that_nobody_asked_for() -> None:
+    program = """
+import sys
+from launch.imports import importing
+with importing():
+    import transformers.modeling_layers
+    from transformers.loss import loss_for_object_detection as loss
+assert not [name for name in sys.modules if name.startswith("scipy")], "it takes a third of a second"
+rows, columns = loss.linear_sum_assignment([[4.0, 1.0], [2.0, 3.0]])
+assert (rows.tolist(), columns.tolist()) == ([0, 1], [1, 0])
+import scipy.optimize
+assert type(scipy.optimize).__name__ == "module" and scipy.optimize.minimize
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_who_wants_more_of_scipy_gets_it() -> None:
+    program = """
+import sys
+from launch.imports import importing
+with importing():
+    from scipy.optimize import minimize
+    import scipy.optimize
+assert minimize is scipy.optimize.minimize is sys.modules["scipy.optimize"].minimize
+before = sys.modules["scipy.optimize"]
+with importing():
+    assert sys.modules["scipy.optimize"] is before
+assert sys.modules["scipy.optimize"] is before
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
