@@ -15,8 +15,10 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from launch.engine import layout
 from launch.engine import padding_free as module
-from launch.engine.padding_free import Layout, PaddingFree, padding_free, rows_of_documents, some_rows
+from launch.engine.layout import Layout, rows_of_documents
+from launch.engine.padding_free import PaddingFree, padding_free, some_rows
 from recipes.batches import IGNORED, summed_cross_entropy
 from tests import tiny
 
@@ -289,7 +291,7 @@ def test_a_batch_with_next_to_no_padding_stays_as_it_is(monkeypatch: pytest.Monk
     batch = {"input_ids": torch.full((13, 17), 5), "labels": torch.ones(13, dtype=torch.int64)}
     batch["attention_mask"] = (torch.arange(17) < torch.tensor([17, *[9] * 12])[:, None]).long()
     assert is_laid(batch)
-    monkeypatch.setattr(module, "WIDTHS", (1.0,))
+    monkeypatch.setattr(layout, "WIDTHS", (1.0,))
     assert not is_laid(batch), "no two of them have room in one row"
 
 
@@ -325,12 +327,12 @@ def test_rows_of_a_batch_come_back_as_they_were() -> None:
         mask = torch.from_numpy(random.rand(6, 11) < 0.6)
         mask[:, 3] = True
         rows = rows_of_documents(mask.sum(1, keepdim=True).numpy())
-        layout = Layout.of(mask, rows)
+        where = Layout.of(mask, rows)
         tokens = torch.arange(1, mask.numel() + 1).view(mask.shape)
-        laid = layout.laid(tokens)
-        assert sorted(laid[layout.group >= 0].tolist()) == sorted(tokens[mask].tolist()), "each token once"
-        assert torch.equal(layout.apart(laid)[mask], tokens[mask])
-        assert torch.equal(layout.laid(torch.arange(11)[None])[layout.group >= 0], layout.token[layout.group >= 0])
+        laid = where.laid(tokens)
+        assert sorted(laid[where.group >= 0].tolist()) == sorted(tokens[mask].tolist()), "each token once"
+        assert torch.equal(where.apart(laid)[mask], tokens[mask])
+        assert torch.equal(where.laid(torch.arange(11)[None])[where.group >= 0], where.token[where.group >= 0])
 
 
 def test_a_batch_to_try_has_rows_that_differ_in_length() -> None:
