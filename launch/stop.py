@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +44,7 @@ class StopRequest:
     def install(self) -> None:
         """Receive the signals from now on. In the main thread."""
         self._process = os.getpid()
+        _keep_while_forking()
         for number in receivable():
             signal.signal(number, self._receive)
 
@@ -55,6 +58,24 @@ class StopRequest:
             self.number = number
             if self.immediate:
                 raise StopSignal(number)
+
+
+@functools.cache
+def _keep_while_forking() -> None:
+    """Have a forked child receive the SIGTERM that its parent sends before it has come to itself.
+
+    Python forgets in a child what has arrived until then (`PyOS_AfterFork_Child`), and a pool that is closed as soon as
+    it is there would wait for ever for a worker that it has ended. So the signal is held back meanwhile.
+    """
+    held = threading.local()
+
+    def hold() -> None:
+        held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
+
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release)
 
 
 @contextlib.contextmanager

@@ -111,6 +111,22 @@ with context.Pool(2) as pool:
     assert said_by(program) == "-15 0 [1] None"
 
 
+def test_a_child_is_ended_that_has_hardly_been_forked() -> None:
+    """As a pool does with its workers that is closed at once."""
+    program = """
+ended = []
+for _ in range(50):
+    child = os.fork()
+    if not child:
+        time.sleep(5)
+        os._exit(0)
+    os.kill(child, signal.SIGTERM)
+    ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print({*ended}, stop.number, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+    assert said_by(program) == "{-15} None set()"
+
+
 def test_a_data_worker_outlives_all_of_them() -> None:
     program = """
 child = multiprocessing.get_context("fork").Process(target=lambda: (ignore_signals(0), time.sleep(1)))
