@@ -86,7 +86,7 @@ class Plan(_Frozen):
     by_length: ByLength = "off"
     """As far as the recipe tells lengths; plans of the first releases lack it."""
     padding_free: bool = False
-    """Whether rows are laid end to end where the model's blocks can compute them so; later plans have it."""
+    """Whether rows are laid end to end where the model's blocks can compute them so; earlier plans lack it."""
     length: Length
     dtypes: Dtypes
     """Number formats; the workers check that they are the real ones."""

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     Lengths = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
+IGNORED = -100
+"""Label of a position that is no target (torch's `cross_entropy` default)."""
+
+
 class RecipeArgs(Section):
     """Base of a recipe's `Args`: frozen, strict, closed to unknown keys, documented field by field."""
 

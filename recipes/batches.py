@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from launch.recipe import IGNORED as IGNORED
+
 if TYPE_CHECKING:
     import torch
 
     from launch.recipe import Batch
-
-IGNORED = -100
-"""Label of a position that is no target (torch's `cross_entropy` default)."""
 
 
 def padded(rows: Sequence[Sequence[int]], filler: int, width: Callable[[int], int]) -> torch.Tensor:

@@ -83,8 +83,14 @@ def trained(
     plan = plan_for(strategy, world_size, Path(folder), *overrides)
     calls: list[int] = []
     head_loss.LOSS_BYTES_CPU = 5 * 4 * tiny.VOCABULARY
-    laid, make = [], padding_free.Layout.of
-    padding_free.WORTH, padding_free.Layout.of = 1, lambda *given: laid.append(1) or make(*given)  # type: ignore[func-returns-value,method-assign,assignment]
+    padding_free.WORTH = 1
+    laid, lay = list[int](), padding_free.Layout.of
+
+    def counting_lay(*given: Any) -> Any:
+        laid.append(1)
+        return lay(*given)
+
+    padding_free.Layout.of = counting_lay  # type: ignore[method-assign]
 
     def build_model() -> Any:
         model = AutoModelForCausalLM.from_pretrained(source)

@@ -122,7 +122,8 @@ def test_what_only_a_gpu_can_do_and_a_strategy_left_open_are_stated_for_the_twin
     assert changes(config, run, 2) == [*on_cpu, "train.padding_free=off"]
     assert changes(config, run.model_copy(update={"by_length": "off"}), 2) == on_cpu, "there is no padding"
     assert changes(config, run.model_copy(update={"padding_free": True}), 2) == on_cpu
-    assert "parallel.strategy=ddp" in changes(config, run, 1)
+    alone = ["parallel.device=cpu", "parallel.devices=1", "parallel.nodes=1"]
+    assert changes(config, run, 1) == [*alone, "parallel.strategy=ddp", "train.padding_free=off"]
 
 
 @pytest.mark.parametrize("strategy", [each for each in Strategy if each not in (Strategy.SINGLE, Strategy.XLA)])

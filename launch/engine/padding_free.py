@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from launch.engine.layout import Layout, rows_of_documents, seen_by, widths_of
 from launch.engine.streams import first_samples, is_stream
+from launch.recipe import IGNORED
 
 if TYPE_CHECKING:
     from launch.recipe import Batch, Lengths, Samples, Stream
@@ -32,9 +33,6 @@ WORTH = 64
 
 SAME = 1e-5
 """How far what blocks compute in fp32 may be from what they compute padded, of its greatest."""
-
-IGNORED = -100
-"""The label of a position that is no target (torch's `cross_entropy` default)."""
 
 OWN = ("attention_mask", "attn_mask")
 """What blocks call the mask of their own tokens, `(1|batch, 1, seq, seq)`: what is added, or true where one is seen."""

@@ -13,14 +13,13 @@ import torch
 from rich.text import Text
 
 from launch.engine.streams import first_samples, is_stream
-from launch.recipe import Batch, Prepared, Samples, Stream
+from launch.recipe import IGNORED, Batch, Prepared, Samples, Stream
 
 QUICK, THOROUGH = 500, 100_000
 """Samples that are looked at in each split, at the start of a run and when a person asks."""
 
 LABELS_SHOWN = 12
 TOKENS_SHOWN = 160
-IGNORED = -100
 
 
 @dataclass(frozen=True)
