@@ -11,7 +11,7 @@ from recipes import metrics
 from recipes.question_windows import Span, answers_of
 
 if TYPE_CHECKING:
-    import datasets
+    from recipes.tables import StoredRows
 
 EXAMPLES = 20
 """Questions whose answers are kept to be looked at."""
@@ -64,7 +64,7 @@ class Answer:
 class Answers:
     """Measures the answers to validation questions."""
 
-    rows: datasets.Dataset
+    rows: StoredRows
     unanswerable: bool
     null_threshold: float
 

@@ -19,11 +19,10 @@ from launch.recipe import RecipeArgs
 from recipes.batches import IGNORED
 from recipes.files import short
 from recipes.rows import RowStream, Splits
-from recipes.tables import list_lengths
+from recipes.tables import StoredRows, list_lengths
 from recipes.tokens import begins_texts
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase
 
     from recipes.packing import Tokens
@@ -156,14 +155,20 @@ def _list(row: Any) -> list[Any]:
 
 
 def _message(message: Any, row: list[Any]) -> Message:
-    """A message without what it leaves empty (all messages of a column have the same keys)."""
+    """A message without what it leaves empty: in parquet files all have the same keys, those of a tool call too."""
     where = f"recipe_args.messages_column: the conversation {_beginning(row)}"
-    found = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+    found = _without_empty(message) if isinstance(message, dict) else {}
     if found.get("role") not in ROLES:
         raise DataError(f"{where}: a message must have a role, one of {', '.join(ROLES)}; got {message!r:.60}")
     if not isinstance(found.get("content", ""), str):
         raise DataError(f"{where}: the content of a message must be text; got {found['content']!r:.60}")
     return found
+
+
+def _without_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_empty(each) for key, each in value.items() if each is not None}
+    return [_without_empty(each) for each in value] if isinstance(value, list) else value
 
 
 def _beginning(row: Sequence[Any]) -> str:
@@ -283,7 +288,7 @@ def as_sample(features: Mapping[str, Any]) -> Tokens:
 class Conversations:
     """Encoded conversations as samples by index."""
 
-    def __init__(self, rows: datasets.Dataset) -> None:
+    def __init__(self, rows: StoredRows) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
@@ -296,11 +301,11 @@ class Conversations:
         return list_lengths(self._rows)
 
     @property
-    def uncut_lengths(self) -> Tokens:
+    def uncut_lengths(self) -> Any:
         """The same before they were cut."""
         import numpy as np
 
-        return np.array(self._rows["tokens"] if len(self) else [], dtype=np.int64)
+        return self._rows.numbers("tokens") if len(self) else np.zeros(0, np.int64)
 
     def __getitem__(self, index: int) -> Tokens:
         """Ids and labels of one, shape `(2, seq)`."""

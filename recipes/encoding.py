@@ -18,11 +18,9 @@ from pydantic import JsonValue
 
 from launch.recipe import RecipeContext
 from launch.topology import read_machine, tokenizers_without_threads
-from recipes.tables import TableWriter, in_batches, open_table, table
+from recipes.tables import StoredRows, TableWriter, in_batches, table
 
 if TYPE_CHECKING:
-    import datasets
-
     from recipes.rows import Splits
 
 Columns = dict[str, list[Any]]
@@ -87,9 +85,9 @@ def encode_rows(
         train=(
             RowStream(lambda: _encoded_stream(stream, encode))
             if isinstance(stream, RowStream)
-            else open_table(folder / "train.arrow")
+            else StoredRows(folder / "train.arrow")
         ),
-        validation=open_table(folder / "validation.arrow"),
+        validation=StoredRows(folder / "validation.arrow"),
         identity=encoded_key(splits.identity, identity),
     )
 
@@ -120,13 +118,12 @@ def _encoded_stream(rows: Any, encode: Encode) -> Iterator[dict[str, Any]]:
             yield dict(zip(features, values, strict=True))
 
 
-def _encoded(rows: datasets.Dataset, encode: Encode, name: str, processes: int) -> Generator[tuple[int, Any]]:
+def _encoded(rows: StoredRows, encode: Encode, name: str, processes: int) -> Generator[tuple[int, Any]]:
     """Number of rows and table of features of each batch, in order."""
     starts = range(0, len(rows), BATCH_OF_ROWS)
 
     def made(number: int) -> tuple[int, Any]:
-        batch = rows[starts[number] : starts[number] + BATCH_OF_ROWS]
-        columns = {key: list(values) for key, values in batch.items()}
+        columns = rows[starts[number] : starts[number] + BATCH_OF_ROWS]
         return len(next(iter(columns.values()))), table(encode(columns), name)
 
     yield from map(made, range(len(starts))) if processes == 1 else _in_processes(made, len(starts), processes)

@@ -14,10 +14,9 @@ from pydantic import JsonValue
 
 from launch.errors import ConfigError, DataError
 from launch.recipe import RecipeContext
+from recipes.tables import ROWS_AT_ONCE, StoredRows, class_names, in_batches
 
 if TYPE_CHECKING:
-    import datasets
-
     from recipes.rows import Splits
 
 _WHOLE_NUMBER = re.compile(r"-?\d+")
@@ -119,15 +118,14 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(found, key=int) if all(map(_WHOLE_NUMBER.fullmatch, found)) else found
 
 
-def stated_names(rows: datasets.Dataset) -> tuple[str, ...]:
+def stated_names(rows: StoredRows) -> tuple[str, ...]:
     """What the data itself calls the numbers in its label column; none where it does not."""
-    kind = rows.features["label"]
-    return tuple(getattr(getattr(kind, "feature", kind), "names", ()))
+    return class_names(rows.schema, "label")
 
 
-def holds_lists(rows: datasets.Dataset) -> bool:
+def holds_lists(rows: StoredRows) -> bool:
     """Whether the label column holds lists."""
-    return "list" in str(rows.data.schema.field("label").type)
+    return "list" in str(rows.schema.field("label").type)
 
 
 def found_labels(splits: Splits, reading: Reading, context: RecipeContext, identity: JsonValue) -> list[str]:
@@ -155,10 +153,10 @@ def known_labels(context: RecipeContext, identity: JsonValue) -> list[str] | Non
 def _labels_in(rows: Any, reading: Reading, context: RecipeContext) -> set[str]:
     found: set[str] = set()
     context.progress.start("looking for labels", len(rows))
-    for batch in rows.select_columns(["label"]).iter(1000):
-        for value in batch["label"]:
-            found.update(reading(value))
-        context.progress.advance(len(batch["label"]))
+    for batch in in_batches(rows.select_columns(["label"]), ROWS_AT_ONCE):
+        for row in batch:
+            found.update(reading(row["label"]))
+        context.progress.advance(len(batch))
     context.progress.finish()
     return found
 

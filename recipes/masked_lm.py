@@ -37,6 +37,7 @@ from recipes.rows import (
     load_rows,
     rows_identity,
 )
+from recipes.tables import list_lengths
 
 if TYPE_CHECKING:
     import torch
@@ -97,17 +98,17 @@ def prepare(args: Args, context: RecipeContext) -> Prepared:
     encode = Encoder(tokens, args.max_length, args.join_texts)
     identity = _identity(args, source)
     encoded = encode_rows(rows, context, "masked-lm", encode, identity, args.preparation_processes)
+    train = encoded.train
     masking = Masking(tokens.mask_token_id, tuple(tokens.all_special_ids), len(tokens), args.masked_share, context.seed)
 
     def build_model() -> Any:
         model = source.build("AutoModelForMaskedLM", config, tokens)
         return with_head_loss(model, loss) if args.fuses(context) else model
 
-    wrap = MaskedStream if isinstance(encoded.train, RowStream) else Masked
     return Prepared(
         build_model=build_model,
         tokenizer=tokens,
-        train=wrap(encoded.train, masking),
+        train=MaskedStream(train, masking) if isinstance(train, RowStream) else Masked(train, masking),
         validation=Masked(encoded.validation, replace(masking, seed=None)),
         collate=Collate(tokens.pad_token_id, context.width(args.pad_to_multiple_of, args.max_length)),
         loss=loss,
@@ -207,8 +208,6 @@ def _facts(encoded: Splits, rows: Splits) -> dict[str, Any]:
     Raises:
         DataError: a split has no text.
     """
-    import numpy as np
-
     facts = {}
     for name in ("train", "validation"):
         samples, read = getattr(encoded, name), getattr(rows, name)
@@ -216,8 +215,7 @@ def _facts(encoded: Splits, rows: Splits) -> dict[str, Any]:
             continue
         if not len(samples):
             raise DataError(f"the {name} rows hold no text; is recipe_args.text_column the right one?")
-        lengths = np.asarray(samples["length"])
-        used = np.asarray([len(ids) for ids in samples["input_ids"]])
+        lengths, used = samples.numbers("length"), list_lengths(samples)
         facts[name] = {
             "rows": len(read),
             "rows without text": rows.facts[name]["empty"].get("text", 0),

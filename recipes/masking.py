@@ -65,7 +65,7 @@ class Masked:
     """Samples by index with some tokens hidden, in each epoch others."""
 
     samples: Any
-    """A `datasets.Dataset` with `input_ids`."""
+    """`StoredRows` with `input_ids`."""
     masking: Masking
     epoch: int = 0
 
@@ -87,8 +87,8 @@ class Masked:
         return self.masking(self.samples[index]["input_ids"], self.epoch)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Numbers]]:
-        """Many at once, which `datasets` reads much faster than one after the other."""
-        return [self.masking(ids, self.epoch) for ids in self.samples[indices]["input_ids"]]
+        """Many at once, which are read faster than one after the other."""
+        return [self.masking(row["input_ids"], self.epoch) for row in self.samples.__getitems__(indices)]
 
 
 @dataclass

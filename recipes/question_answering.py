@@ -27,7 +27,7 @@ from recipes.embedded_questions import QUESTION_ENCODER, QUESTIONS
 from recipes.models import ModelArgs, Source, check_model
 from recipes.question_windows import NOWHERE, Windows, answers_of, read_squad
 from recipes.rows import RowArgs, Splits, check_rows, encode_rows, encoded_samples, load_rows, rows_identity
-from recipes.tables import list_lengths
+from recipes.tables import StoredRows, list_lengths
 
 if TYPE_CHECKING:
     import torch
@@ -177,12 +177,13 @@ def _no_room(args: Args, needed: int) -> ConfigError:
     )
 
 
-def _numbered(windows: Any) -> Any:
+def _numbered(windows: StoredRows) -> StoredRows:
     """With the place of each window's question among the validation rows, each of which has a window or more."""
     import numpy as np
 
-    numbers = np.cumsum(np.asarray(windows["number"]) == 0) - 1
-    return windows.remove_columns(["number", "question_cut"]).add_column("question", numbers)
+    numbers = np.cumsum(windows.numbers("number") == 0) - 1
+    names = [name for name in windows.column_names if name not in ("number", "question_cut")]
+    return windows.with_column("question", numbers).select_columns([*names, "question"])
 
 
 def _facts(rows: Splits, features: Splits, lacking: int) -> dict[str, Any]:
@@ -192,8 +193,8 @@ def _facts(rows: Splits, features: Splits, lacking: int) -> dict[str, Any]:
     facts = {split: dict(found) for split, found in rows.facts.items()}
     for split, found in facts.items():
         windows = getattr(features, split)
-        first = np.asarray(windows["number"]) == 0
-        lost = np.asarray(windows["start_positions"]) == IGNORED
+        first = windows.numbers("number") == 0
+        lost = windows.numbers("start_positions") == IGNORED
         found["windows"] = len(windows)
         found["questions_cut"] = int((np.asarray(windows["question_cut"]) & first).sum())
         found["answers_not_found"] = int((lost & first).sum())

@@ -24,7 +24,7 @@ from recipes.encoding import encode_rows as encode_rows
 from recipes.encoding import encoded_key as encoded_key
 from recipes.encoding import encoded_samples as encoded_samples
 from recipes.files import NO_READERS, Readers, Row, check_columns, check_named, find_files, format_of, read_rows, short
-from recipes.tables import TableWriter, in_batches, open_table, table
+from recipes.tables import StoredRows, TableWriter, in_batches, table
 from recipes.text import check_hub, dataset_revision, dataset_splits, load_split
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ class RowStream:
 class Splits:
     """Rows by their canonical columns, or what they were encoded to."""
 
-    train: datasets.Dataset | RowStream
-    validation: datasets.Dataset
+    train: StoredRows | RowStream
+    validation: StoredRows
     identity: JsonValue
     """All that the rows are made from."""
     facts: dict[str, Any]
@@ -160,7 +160,7 @@ def rows_identity(
         source += [embedded.name, embedded.key] if embedded else []
     limits: list[JsonValue] = [args.max_train_samples, args.max_validation_samples]
     return {
-        "version": 1,
+        "version": 2,
         "source": source,
         "columns": dict(canonical(columns)) if args.dataset or any(files) else list(canonical(columns)),
         "held out": [args.validation_fraction, args.split_seed],
@@ -190,18 +190,18 @@ def load_rows(
     key = {name: part for name, part in identity.items() if args.streaming or name != "limits"}
     folder = context.cache.folder("rows", key, lambda aside: _write(args, source(), aside, context))
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    validation = _limited(open_table(folder / "validation.arrow"), args.max_validation_samples, args.split_seed)
+    validation = _limited(StoredRows(folder / "validation.arrow"), args.max_validation_samples, args.split_seed)
     if args.streaming:
         limit = facts.pop("limit")
         found = source()
         stream = RowStream(lambda: itertools.islice(_training_rows(args, found, limit), args.max_train_samples))
         return Splits(stream, validation, dict(identity), facts)
-    train = _limited(open_table(folder / "train.arrow"), args.max_train_samples, args.split_seed)
+    train = _limited(StoredRows(folder / "train.arrow"), args.max_train_samples, args.split_seed)
     facts["train"]["rows"], facts["validation"]["rows"] = len(train), len(validation)
     return Splits(train, validation, dict(identity), facts)
 
 
-def _limited(rows: datasets.Dataset, most: int | None, seed: int) -> datasets.Dataset:
+def _limited(rows: StoredRows, most: int | None, seed: int) -> StoredRows:
     if most is None or most >= len(rows):
         return rows
     return rows.select(sorted(random.Random(seed).sample(range(len(rows)), most)))
@@ -331,7 +331,7 @@ def _of_kinds(rows: Iterator[Row], features: datasets.Features) -> Iterator[Row]
     """Rows of files as the dataset has its own: numbers for text that holds them, and for the names of labels."""
     for row in rows:
         try:
-            yield features.encode_example(row)
+            yield features.decode_example(features.encode_example(row))
         except (ValueError, TypeError) as error:
             raise DataError(f"recipe_args.validation_files: {short(error)}, in the row {row!r:.80}") from None
 

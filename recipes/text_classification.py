@@ -255,11 +255,10 @@ def _facts(encoded: Splits, rows: Splits, labels: Labels, max_length: int) -> di
             continue
         if not len(samples):
             raise DataError(f"the {name} rows hold no text; is recipe_args.text_column the right one?")
-        cut = int((np.asarray(samples["length"]) > max_length).sum())
+        cut = int((samples.numbers("length") > max_length).sum())
         facts[name] = {"rows": len(read), "rows_without_text": len(read) - len(samples), "texts_cut_short": cut}
         if labels.several:
-            numbers = samples.data.column("labels").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            rows_by_label = np.bincount(numbers.astype(np.int64), minlength=len(labels.names)).tolist()
+            rows_by_label = np.bincount(samples.numbers("labels"), minlength=len(labels.names)).tolist()
             facts[name]["rows_by_label"] = dict(zip(labels.names, rows_by_label, strict=True))
     return facts
 

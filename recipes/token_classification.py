@@ -233,7 +233,7 @@ def _facts(encoded: Splits, rows: Splits, labels: WordLabels) -> dict[str, Any]:
             continue
         if not len(samples):
             raise DataError(f"the {name} rows hold no words; is recipe_args.words_column the right one?")
-        numbers = samples.data.column("word_labels").combine_chunks().flatten().to_numpy()
+        numbers = samples.numbers("word_labels")
         targets = numbers[numbers != IGNORED]
         words = int(np.sum(samples["words"]))
         facts[name] = {

@@ -14,10 +14,9 @@ from launch.errors import ConfigError, DataError
 from launch.recipe import Metrics, RecipeContext
 from recipes import metrics
 from recipes.labels import in_order, listed
+from recipes.tables import StoredRows, class_names
 
 if TYPE_CHECKING:
-    import datasets
-
     from recipes.rows import RowStream, Splits
 
 
@@ -83,8 +82,7 @@ def labels_of(rows: Splits, chosen: tuple[str, ...], context: RecipeContext) -> 
         ConfigError: a label is chosen twice.
         DataError: there are fewer than two.
     """
-    kind: Any = rows.validation.features["labels"]
-    stated = tuple(getattr(getattr(kind, "feature", kind), "names", None) or ())
+    stated = class_names(rows.validation.schema, "labels")
     names = chosen or stated or tuple(_found_labels(rows.train, rows.identity, context))
     if len(set(names)) < len(names):
         raise ConfigError("recipe_args.labels: names a label twice")
@@ -96,7 +94,7 @@ def labels_of(rows: Splits, chosen: tuple[str, ...], context: RecipeContext) -> 
     return WordLabels(names, stated)
 
 
-def _found_labels(train: datasets.Dataset | RowStream, identity: JsonValue, context: RecipeContext) -> list[str]:
+def _found_labels(train: StoredRows | RowStream, identity: JsonValue, context: RecipeContext) -> list[str]:
     """The labels of rows, in order; looked for once, then known from the cache."""
 
     def build(folder: Path) -> None:

@@ -33,6 +33,7 @@ from recipes.rows import (
     load_rows,
     rows_identity,
 )
+from recipes.tables import class_names
 
 COLUMNS = {"text_column": "sentence", "label_column": "label"}
 Rows = list[dict[str, Any]]
@@ -51,6 +52,7 @@ def some_rows(count: int, seed: int = 0) -> Rows:
 
 
 def write(path: Path, rows: Rows) -> Path:
+    path.parent.mkdir(exist_ok=True)
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind == ".parquet":
         parquet.write_table(pa.Table.from_pylist(rows), path)
@@ -167,11 +169,30 @@ def test_a_dataset_is_split_as_it_says(tmp_path: Path, context: RecipeContext, s
     DatasetDict(made).save_to_disk(tmp_path / "data")
     rows = loaded(context, dataset=str(tmp_path / "data"), validation_split=stated)
     assert both(rows) == (renamed(splits["train"]), renamed(splits[found]))
-    assert rows.train.features["label"].names == ["no", "yes"]
+    assert class_names(rows.train.schema, "label") == ("no", "yes")
     with pytest.raises(DataError, match=r"has no split 'no'; it has train, dev, extra; set recipe_args\.train_split"):
         loaded(context, dataset=str(tmp_path / "data"), train_split="no")
     with pytest.raises(DataError, match=r"has no column 'labl'; .*recipe_args\.label_column, perhaps to 'label'"):
         loaded(context, {"label_column": "labl"}, dataset=str(tmp_path / "data"))
+
+
+def test_messages_of_any_keys_are_the_same_from_files_and_from_a_dataset(
+    tmp_path: Path, context: RecipeContext
+) -> None:
+    """Also those that a dataset keeps as JSON, for a key is a number here and a text there."""
+    said = [
+        [{"role": "user", "n": number if number % 2 else str(number)}, {"role": "tool", "call": {f"k{number}": None}}]
+        for number in range(6)
+    ]
+    rows = [{"sentence": messages, "label": number} for number, messages in enumerate(said)]
+    path = write(tmp_path / "data" / "train.jsonl", rows)
+    of_files = loaded(context, train_files=str(path), validation_files=str(path))
+    assert both(of_files) == (renamed(rows), renamed(rows))
+    for more in ({}, {"validation_files": str(path)}, {"streaming": True}):
+        of_dataset = loaded(context, dataset=str(path.parent), **more)
+        found = [*of_dataset.train, *(() if more.get("validation_files") else of_dataset.validation)]
+        assert sorted(found, key=lambda row: row["label"]) == renamed(rows)
+        assert next(iter(of_dataset.validation)) in found
 
 
 def test_validation_files_replace_what_a_dataset_or_a_recipe_would_be_evaluated_on(
