@@ -137,6 +137,16 @@ def test_a_process_on_its_own_waits_for_nobody() -> None:
     assert clock.read()["sync"] == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is where there is no GPU that waiting for one is an error")
+def test_a_gpu_on_its_own_is_not_waited_for_where_others_would_be() -> None:
+    clock = Clock("cuda", ranks=1)
+    with clock.forward(gathers=False):
+        pass
+    with clock.exchange():
+        threading.Event().wait(0.02)
+    assert clock.read()["compute"] >= 0.02 and clock.own_compute() > 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_computes_later_and_is_timed_by_itself() -> None:
     clock = Clock("cuda", ranks=2)

@@ -27,11 +27,11 @@ class Clock:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         """Since the clock was made."""
         self.alone_seconds = 0.0
-        """That a GPU has spent on computing without an exchange inside."""
+        """That a GPU among others has spent on computing without an exchange inside."""
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._phases = ["other"]
         self._since = time.perf_counter()
-        self._cuda = device == "cuda"
+        self._alone, self._cuda = ranks == 1, device == "cuda" and ranks > 1
         self._own = _OwnTime() if device == "cpu" and ranks > 1 else None
 
     def read(self) -> dict[str, float]:
@@ -57,7 +57,14 @@ class Clock:
 
     @contextlib.contextmanager
     def exchange(self) -> Iterator[None]:
-        """Around an exchange alone; what a GPU still has to compute before is not waiting for others."""
+        """Around an exchange alone; what a GPU still has to compute before is not waiting for others.
+
+        A process on its own exchanges nothing: its GPU is waited for only where a number of it is wanted.
+        """
+        if self._alone:
+            with self.phase("compute"):
+                yield
+            return
         if self._cuda:
             torch.cuda.current_stream().synchronize()  # the exchange would wait for it too
             self.alone_seconds += sum(before.elapsed_time(after) for before, after in self._events) / 1000

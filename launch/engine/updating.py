@@ -15,7 +15,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from launch.engine.devices import Devices
+from launch.engine.devices import Devices, is_xla
 from launch.engine.precision import LossScale, names, optimizer_dtypes
 from launch.engine.sharding import innermost, unwrapped
 from launch.errors import ConfigError
@@ -38,6 +38,12 @@ class Updates:
         self.optimizer = optimizer
         self._accelerator, self._model, self._max_grad_norm = accelerator, model, max_grad_norm
         self._scale = scale
+        # Elsewhere Accelerate's step and clipping do more than torch's.
+        self._by_torch = not isinstance(model, FSDPModule) and not is_xla(accelerator)
+        # Accelerate's looks twice in each step for lomo_optim, in all folders of sys.path (1.15, `is_lomo_available`),
+        # and has Python take apart the signature of `zero_grad`.
+        self._stepper = innermost(optimizer) if self._by_torch else optimizer
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._used = not isinstance(model, DistributedDataParallel)
         # DDP's gradients stay where its buckets are: made anew, they would lie beside them until the last micro-batch.
         self._forget_gradients = not isinstance(model, DistributedDataParallel)
@@ -71,21 +77,34 @@ class Updates:
             _refuse_unused(self._model)
             self._used = True
         if self._scale:
-            gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
-            torch._foreach_mul_(gradients, 1.0 / self._scale.value)
-        norm = self._accelerator.clip_grad_norm_(self._model.parameters(), self._max_grad_norm or math.inf)
-        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # host sync
-        if math.isfinite(value):
-            self.optimizer.step()
+            torch._foreach_mul_(self._gradients(), 1.0 / self._scale.value)
+        norm = self._clip()
+        if math.isfinite(norm):
+            self._stepper.step()
             if self._scale:
                 self._scale.after_update()
-        self.optimizer.zero_grad(set_to_none=self._forget_gradients)
+        self._stepper.zero_grad(set_to_none=self._forget_gradients)
         self._devices.settle()
-        return value
+        return norm
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+    def _clip(self) -> float:
+        """The global norm of the gradient, which is shortened if it is too long."""
+        most = self._max_grad_norm or math.inf
+        if not self._by_torch:
+            norm = self._accelerator.clip_grad_norm_(self._model.parameters(), most)
+            return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # host sync
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        found = float(norm)  # host sync
+        if found + 1e-6 > most:  # else torch would multiply all of it by one
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, most, norm)
+        return found
 
     def discard(self) -> None:
         """Forget the gradients, and change nothing."""
-        self.optimizer.zero_grad(set_to_none=self._forget_gradients)
+        self._stepper.zero_grad(set_to_none=self._forget_gradients)
 
     def may_repeat(self) -> bool:
         """After a gradient that is not finite: whether it may only have overflowed, and its scale is halved now.
