@@ -29,8 +29,11 @@ TAKEN_BY_AUTO = (Strategy.SINGLE, Strategy.DDP, Strategy.FSDP2, Strategy.FSDP2_O
 HEADROOM = {"cpu": 0.75, "cuda": 0.92, "mps": 0.75, "xla": 0.92}
 """Share of the memory that a need may fill: of the rest allocators keep pieces, glibc on a CPU up to a quarter."""
 
-LIBRARIES = {"cpu": 487 * 10**6, "cuda": 800 * 10**6, "mps": 0, "xla": 0}
+LIBRARIES = {"cpu": 415 * 10**6, "cuda": 800 * 10**6, "mps": 0, "xla": 0}
 """Bytes of a process before it has a model: measured of Python with torch and transformers; CUDA's context and NCCL."""
+
+METRIC_LIBRARIES = {"cpu": 150 * 10**6, "cuda": 0, "mps": 0, "xla": 0}
+"""Bytes of main memory more in the process that measures: `evaluate`, pandas, SciPy and scikit-learn or the like."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def compare(use: ModelUse, setting: Setting, device: Device, memory_bytes: int |
     return Comparison(
         needs,
         checkpointed,
-        LIBRARIES[device],
+        LIBRARIES[device] + (METRIC_LIBRARIES[device] if use.metric_libraries else 0),
         int(memory_bytes * HEADROOM[device]) if memory_bytes else None,
         found.parameters,
         found.trained,

@@ -240,6 +240,8 @@ class ModelUse:
     adapters: Adapters | None = None
     fused_loss: bool = False
     """Whether the loss is found some tokens at a time, with its gradients, so that never all scores are there."""
+    metric_libraries: bool = False
+    """Whether an evaluation imports `evaluate`, and with it pandas, SciPy and what its metrics compute with."""
 
 
 LOSS_BYTES_CPU, LOSS_BYTES = 128 * 2**20, 512 * 2**20

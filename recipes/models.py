@@ -271,6 +271,7 @@ class Source:
         outputs: int = 0,
         padded: bool = True,
         fused_loss: bool = False,
+        metric_libraries: bool = False,
     ) -> ModelUse | None:
         """What the plan of memory follows from; None where the configuration cannot be seen from here."""
         stated = self._config_json()
@@ -279,7 +280,7 @@ class Source:
         args = self.args
         lora = Adapters(args.lora.r, args.lora.target_modules) if args.lora else None
         config = {**stated, **args.config_overrides, "dropout": args.dropout}
-        return ModelUse(config, head, tokens, target_tokens, outputs, padded, lora, fused_loss)
+        return ModelUse(config, head, tokens, target_tokens, outputs, padded, lora, fused_loss, metric_libraries)
 
     def _config_json(self) -> Mapping[str, Any] | None:
         """The model's configuration as it was published, without torch or a network."""

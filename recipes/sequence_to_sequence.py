@@ -128,6 +128,7 @@ class Task:
             *("text_to_text", args.max_source_length),
             target_tokens=args.max_target_length,
             fused_loss=args.fuses(self.context),
+            metric_libraries=bool(args.metrics),
         )
         return Preview(samples, metrics=names, model=use)
 

@@ -81,7 +81,8 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     source = _source(args, context)
     samples = encoded_samples(context, "classification", rows, _identity(args, source))
     names = args.labels or known_labels(context, _labels_identity(args, rows))
-    use = source.use("sequence", args.max_length, outputs=len(names or ()) or LIKELY_LABELS)
+    outputs = len(names or ()) or LIKELY_LABELS
+    use = source.use("sequence", args.max_length, outputs=outputs, metric_libraries=True)
     return Preview(samples, metrics=numbers_of(chosen, len(names) if names else None), model=use)
 
 

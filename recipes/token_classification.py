@@ -66,7 +66,8 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     rows = rows_identity(args, _columns(args), ENTITIES, _readers(args))
     source = _source(args, context)
     samples = encoded_samples(context, "token-labels", rows, _identity(args, source))
-    use = source.use("token", args.max_length, outputs=len(args.labels) or LIKELY_LABELS)
+    outputs = len(args.labels) or LIKELY_LABELS
+    use = source.use("token", args.max_length, outputs=outputs, metric_libraries=True)
     return Preview(samples, metrics=ENTITY_METRICS, model=use)
 
 

@@ -84,6 +84,18 @@ def _with(variables: dict[str, str]) -> dict[str, str]:
     return {**os.environ, **variables}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["causal_lm", "text_classification"])
+def test_what_metrics_are_computed_with_is_planned_too(tmp_path: Path, recipe: str) -> None:
+    """Of models so small that libraries are nearly all of it; run twice, for to prepare data takes memory as well."""
+    for out in ("first", "second"):
+        options = ("train.max_steps=2", "eval.max_samples=4", "save.export=false")
+        done = shoal(tmp_path, "run", recipe, *options, "parallel.device=cpu", "--out", out)
+        assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "second/result.json").read_text())
+    assert [result["planned_memory"]] == pytest.approx(result["peak_memory"], rel=0.15)
+
+
 # --- arithmetic ------------------------------------------------------------------------------------------
 
 
