@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 
 from launch.cache import Cache
 from launch.engine.preflight import look
@@ -124,6 +127,37 @@ def test_the_first_token_is_context_only(tmp_path: Path, context: RecipeContext)
     template = "{% generation %}{{ messages[1].content }}{% endgeneration %}"
     (sample,) = samples_of(prepare(arguments(tmp_path, [{"messages": TALK}], chat_template=template), context))
     assert sample == (ids("w1 w2"), [-100, *ids("w2")])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "dataset"])
+def test_a_tool_call_has_the_arguments_that_it_was_given(tmp_path: Path, context: RecipeContext, kind: str) -> None:
+    """Not those of the other calls of the column as nulls, as Arrow has them."""
+    calls = [{"name": "look", "arguments": {"w1": "w2"}}, {"name": "write", "arguments": {"w3": "w4", "w5": "w6"}}]
+    rows = [
+        {"messages": [TALK[1], {"role": "assistant", "content": "w3", "tool_calls": [call]}, TALK[3], TALK[4]]}
+        for call in calls
+    ]
+    template = (
+        "{% for message in messages %}{% generation %}{% if message.tool_calls is defined %}"
+        "{{ message.tool_calls | tojson }}{% else %}{{ message.content }}{% endif %}{% endgeneration %}{% endfor %}"
+    )
+    args = arguments(tmp_path, rows, block_size=128, chat_template=template)
+    if kind == "parquet":
+        files = (str(tmp_path / "rows.parquet"),)
+        parquet.write_table(pa.Table.from_pylist(rows), files[0])
+        args = args.model_copy(update={"train_files": files, "validation_files": files})
+    elif kind == "dataset":
+        (tmp_path / "rows").mkdir()
+        shutil.move(tmp_path / "rows.jsonl", tmp_path / "rows" / "train.jsonl")
+        update = {"train_files": (), "validation_files": (), "dataset": str(tmp_path / "rows")}
+        args = args.model_copy(update={**update, "validation_fraction": 0.01})
+    args = args.model_copy(update={"model": "embedded", "from_scratch": False})
+    prepared = prepare(args, context)
+    told = [prepared.tokenizer.decode(tokens) for tokens, _ in samples_of(prepared)]
+    assert told
+    for text in told:
+        assert "null" not in text
+        assert any(json.dumps(call["arguments"]) in text for call in calls)
 
 
 @pytest.mark.parametrize("form", ["chat", "instruction"])
