@@ -29,7 +29,7 @@ from launch.placement import Processes, check_abilities, place
 from launch.recipe import MULTIPLE, Preview, RecipeContext
 from launch.registry import Recipe, find_run_file, load_recipe
 from launch.render import BUCKET, deepspeed_config
-from launch.schedule import Schedule, total_updates, updates_per_epoch, warmup_updates
+from launch.schedule import Schedule, check_stream, total_updates, updates_per_epoch, warmup_updates
 from launch.sections import RunConfig
 from launch.source import Layer
 from launch.strategy import Dtypes, planned_dtypes
@@ -162,6 +162,8 @@ def decide(
     preview = recipe.preview(RecipeContext(cache, loaded.config.train.seed))
     folder = out.absolute() if out else default_run_folder(loaded.config.recipe)
     _check_best_metric(loaded, preview)
+    if preview.streams and not evaluates:
+        check_stream(loaded.config, loaded.place)
     if not evaluates:
         check_trackers(loaded)
     outside = read_outside(loaded, world)

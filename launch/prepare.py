@@ -21,6 +21,7 @@ from launch.errors import ConfigError, DataError, LaunchError
 from launch.printing import complain
 from launch.recipe import MULTIPLE, Prepared, Progress, RecipeContext, Samples, Stream
 from launch.registry import Recipe, find_run_file, load_recipe
+from launch.schedule import check_stream
 from launch.sections import RunConfig
 from launch.stop import StopRequest, StopSignal, exit_code, spoken, uncovered
 from launch.topology import cache_folder
@@ -69,16 +70,8 @@ def check_data(config: RunConfig, prepared: Prepared) -> None:
                 f"recipe = {config.recipe}: its {name} data is a {type(data).__name__}; it must have __len__ and "
                 "__getitem__, or an __iter__ that begins with the first sample each time it is called"
             )
-    if is_stream(prepared.train) and config.eval.every_epochs is not None:
-        raise ConfigError(
-            f"eval.every_epochs = {config.eval.every_epochs}: the training data of {config.recipe} is a stream, of "
-            "which only the end tells the length; state eval.every_steps instead"
-        )
-    if is_stream(prepared.train) and config.train.epochs is not None:
-        raise ConfigError(
-            f"train.epochs = {config.train.epochs:g}: the training data of {config.recipe} is a stream, of which only "
-            "the end tells the length; state train.max_steps instead"
-        )
+    if is_stream(prepared.train):
+        check_stream(config)
 
 
 # --- by itself -------------------------------------------------------------------------------------------

@@ -259,6 +259,8 @@ class Preview:
     """Names of the numbers that an evaluation gives beside `loss`."""
     model: ModelUse | None = None
     """What the plan of memory follows from."""
+    streams: bool = False
+    """Whether the training data is known to be a stream."""
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from launch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launch.sections import RunConfig
 
 
 def updates_per_epoch(samples: int, global_batch_size: int) -> int:
@@ -26,6 +32,24 @@ def warmup_updates(total: int, warmup_ratio: float | None, warmup_steps: int | N
     if warmup_steps is not None:
         return min(warmup_steps, total)
     return math.floor(_as_written(warmup_ratio or 0.0) * total)
+
+
+def check_stream(config: RunConfig, place: Callable[[str], str] | None = None) -> None:
+    """See that nothing of a run over a stream depends on how many samples there are.
+
+    Raises:
+        ConfigError: a key counts in epochs; `place` says where it is stated.
+    """
+    for key, value, instead in (
+        ("eval.every_epochs", config.eval.every_epochs, "eval.every_steps"),
+        ("train.epochs", config.train.epochs, "train.max_steps"),
+    ):
+        if value is not None:
+            where = f"{place(key)}: " if place else ""
+            raise ConfigError(
+                f"{where}{key} = {value:g}: the training data of {config.recipe} is a stream, of which only the end "
+                f"tells the length; state {instead} instead"
+            )
 
 
 def _as_written(value: float) -> Fraction:

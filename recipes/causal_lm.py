@@ -99,7 +99,7 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     samples = (_text_samples if args.format == "text" else _chat_samples)(args, context)
     padded = args.chosen_packing != "continuous"
     use = _source(args, context).use("next_token", args.block_size, padded=padded, fused_loss=args.fuses(context))
-    return Preview(samples, args.block_size, METRICS, use)
+    return Preview(samples, args.block_size, METRICS, use, args.streaming)
 
 
 def _check(args: Args) -> None:

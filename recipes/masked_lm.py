@@ -70,7 +70,7 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     samples = encoded_samples(context, "masked-lm", rows, _identity(args, source))
     tokens = args.max_length if args.join_texts else None
     use = source.use("masked_token", args.max_length, fused_loss=args.fuses(context))
-    return Preview(samples, tokens, ("pseudo_perplexity", "masked_accuracy"), use)
+    return Preview(samples, tokens, ("pseudo_perplexity", "masked_accuracy"), use, args.streaming)
 
 
 def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:

@@ -86,7 +86,7 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     if unanswerable is None and not (args.dataset or args.train_files):
         unanswerable = True
     use = source.use("span", args.max_length, outputs=2, metric_libraries=True)
-    return Preview(samples, args.max_length, metric_names(bool(unanswerable)), use)
+    return Preview(samples, args.max_length, metric_names(bool(unanswerable)), use, args.streaming)
 
 
 def metric_names(unanswerable: bool) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ class Task:
             fused_loss=args.fuses(self.context),
             metric_libraries=bool(args.metrics),
         )
-        return Preview(samples, metrics=names, model=use)
+        return Preview(samples, metrics=names, model=use, streams=args.streaming)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer as training uses it: it knows its languages, and ends every text with the end-of-text token."""

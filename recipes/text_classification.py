@@ -83,7 +83,8 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     names = args.labels or known_labels(context, _labels_identity(args, rows))
     outputs = len(names or ()) or LIKELY_LABELS
     use = source.use("sequence", args.max_length, outputs=outputs, metric_libraries=True)
-    return Preview(samples, metrics=numbers_of(chosen, len(names) if names else None), model=use)
+    given = numbers_of(chosen, len(names) if names else None)
+    return Preview(samples, metrics=given, model=use, streams=args.streaming)
 
 
 def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:

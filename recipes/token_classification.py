@@ -68,7 +68,7 @@ def preview(args: Args, context: RecipeContext) -> Preview:
     samples = encoded_samples(context, "token-labels", rows, _identity(args, source))
     outputs = len(args.labels) or LIKELY_LABELS
     use = source.use("token", args.max_length, outputs=outputs, metric_libraries=True)
-    return Preview(samples, metrics=ENTITY_METRICS, model=use)
+    return Preview(samples, metrics=ENTITY_METRICS, model=use, streams=args.streaming)
 
 
 def tokenizer(args: Args, context: RecipeContext) -> PreTrainedTokenizerBase:

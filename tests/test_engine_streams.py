@@ -23,7 +23,8 @@ from launch.engine.scoring import Evaluation
 from launch.engine.streams import Reader, is_stream
 from launch.engine.trials import LOOKED_AT, longest_samples
 from launch.engine.updating import updates
-from launch.errors import DataError, LaunchError
+from launch.errors import ConfigError, DataError, LaunchError
+from launch.plan import decide
 from launch.prepare import check_data
 from launch.recipe import Prepared
 from launch.topology import World, read_world
@@ -492,3 +493,24 @@ def test_a_stream_cannot_be_planned_in_epochs(tmp_path: Path) -> None:
         f"shoal: train.epochs = 1: the training data of {OWN} is a stream, of which only the end tells the length; "
         "state train.max_steps instead"
     )
+
+
+@pytest.mark.parametrize("key", ["train.epochs", "eval.every_epochs"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *("causal_lm_chat", "masked_lm", "question_answering", "summarization", "translation"),
+        *("text_classification", "token_classification"),
+    ],
+)
+def test_of_the_recipes_with_rows_that_is_known_before_anything_is_prepared(recipe: str, key: str) -> None:
+    stated = {"train.epochs": "null", "eval.every_epochs": "null", key: "2"}
+    if key != "train.epochs":
+        stated["train.max_steps"] = "4"
+    options = ["recipe_args.streaming=true", *(f"{name}={value}" for name, value in stated.items())]
+    if "classification" in recipe:
+        options.append("recipe_args.labels=[a, b]")
+    if recipe == "causal_lm_chat":
+        options.append("recipe_args.packing=off")
+    with pytest.raises(ConfigError, match=rf"command line: {key} = 2: the training data of \w+ is a stream, of which"):
+        decide(recipe, options, None, World())
