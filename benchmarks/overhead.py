@@ -1,9 +1,10 @@
 """What all that shoal does around an update costs: updates of shoal and of PyTorch alone, in turn, in one process.
 
-python -m benchmarks.overhead [--rounds 3] [--only 128]
+python -m benchmarks.overhead [--rounds 3] [--only 128] [--fused]
 
 A real `shoal run` with its default settings; `benchmarks/paired_recipe.py` makes the bare updates. The launcher, which
-watches in a process of its own, is told apart: its time on a CPU as a share of one core.
+watches in a process of its own, is told apart: its time on a CPU as a share of one core. With `--fused` the bare
+updates have the fused AdamW, as shoal's have: so what shoal gains does not hide what it costs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -33,7 +35,7 @@ SKIPPED = 0.2
 """Share of the updates, the first ones, that are not counted."""
 
 
-def measure(name: str) -> dict[str, float]:
+def measure(name: str, *, fused: bool = False) -> dict[str, float]:
     """Of one run: medians, in milliseconds, and how much more shoal's updates take."""
     layers, width, length, batch, updates = SIZES[name]
     with tempfile.TemporaryDirectory() as given:
@@ -47,6 +49,7 @@ def measure(name: str) -> dict[str, float]:
             "rows": batch * (updates + 8),
             "updates": updates,
             "out": str(out),
+            "fused": fused,
         }
         run_file = {
             "recipe": str(ROOT / "benchmarks" / "paired_recipe.py"),
@@ -88,9 +91,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help=f"widths, between commas, of {', '.join(SIZES)}")
+    parser.add_argument("--fused", action="store_true", help="the bare updates have the fused AdamW")
     given = parser.parse_args()
     names = given.only.split(",") if given.only else list(SIZES)
-    found = in_turn(names, given.rounds, measure, "overhead")
+    found = in_turn(names, given.rounds, partial(measure, fused=given.fused), "overhead")
     print(f"overhead: {given.rounds} rounds; {machine()}\n")
     print(table({f"width {name}": rounds for name, rounds in found.items()}, COLUMNS))
 

@@ -37,6 +37,8 @@ class Args(RecipeArgs):
     """After so many numbers are written."""
     out: LocalPath
     """Where to."""
+    fused: bool = False
+    """Whether the bare update has the fused AdamW too."""
 
 
 class Pairs:
@@ -85,7 +87,7 @@ class Pairs:
                 {"params": [each for each in parameters if each.dim() >= 2], "weight_decay": 0.01},
                 {"params": [each for each in parameters if each.dim() < 2], "weight_decay": 0.0},
             ]
-            self._optimizer = torch.optim.AdamW(groups, lr=1e-5)
+            self._optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=self._args.fused)
         (loss(self.model, batch) / count(batch)).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()

@@ -7,6 +7,8 @@ column the keys of any, and take no key that is a number here and a text there.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import decimal
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -132,8 +134,17 @@ def _array(values: Sequence[Any], kind: pa.DataType | None) -> pa.Array:
 
     if kind is None or not _is_json(kind):
         return pa.array(values, kind)
-    written = [None if each is None else json.dumps(each, ensure_ascii=False, default=str) for each in values]
+    written = [None if each is None else json.dumps(each, ensure_ascii=False, default=_as_text) for each in values]
     return pa.JsonArray.from_storage(pa.json_(), pa.array(written, pa.string()))
+
+
+def _as_text(value: Any) -> str:
+    """What JSON has no form for, as `str` writes it: times and exact decimals of parquet files."""
+    import pyarrow as pa
+
+    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)):
+        return str(value)
+    raise pa.ArrowTypeError(f"{type(value).__name__} within a dict")
 
 
 def _is_json(kind: pa.DataType) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,14 @@ def test_dicts_come_back_with_the_keys_they_had(tmp_path: Path) -> None:
     assert rows["value"] == values
     assert list(rows) == [{"value": value} for value in values]
     assert rows[1:3] == {"value": values[1:3]}
+
+
+def test_times_within_dicts_become_text_and_bytes_are_refused(tmp_path: Path) -> None:
+    noon = datetime.datetime(2026, 1, 2, 12)
+    rows = write(tmp_path / "rows.arrow", [[{"value": {"at": noon, "on": noon.date(), "cost": Decimal("1.50")}}]])
+    assert rows[0]["value"] == {"at": "2026-01-02 12:00:00", "on": "2026-01-02", "cost": "1.50"}
+    with pytest.raises(DataError, match=r"here: column 'value': .* bytes within a dict"):
+        write(tmp_path / "rows.arrow", [[{"value": {"image": b"x"}}]])
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
