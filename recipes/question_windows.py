@@ -136,10 +136,10 @@ class Windows:
         window among those of its question) and `question_cut`; on demand `offsets`, characters of each token.
         """
         made: Columns = {name: [] for name in self._names}
-        questions, cut = self._fitting_questions(rows["question"])
+        questions, cut = self._fitting_questions(_texts(rows, "question"))
         encoded = self.tokenizer(
             questions,
-            [context or "" for context in rows["context"]],
+            _texts(rows, "context"),
             truncation="only_second",
             max_length=self.max_length,
             stride=self.stride,
@@ -172,9 +172,9 @@ class Windows:
     def _names(self) -> list[str]:
         return [name for name in self.tokenizer.model_input_names if name in ("input_ids", "token_type_ids")]
 
-    def _fitting_questions(self, questions: list[str | None]) -> tuple[list[str], list[bool]]:
+    def _fitting_questions(self, questions: list[str]) -> tuple[list[str], list[bool]]:
         """Questions of at most `max_question_length` tokens, and which of them have been cut for that."""
-        texts = [(question or "").strip() for question in questions]
+        texts = [question.strip() for question in questions]
         plain = {"add_special_tokens": False, "return_attention_mask": False}
         lengths = [len(ids) for ids in self.tokenizer(texts, **plain)["input_ids"]]
         cut = [length > self.max_question_length for length in lengths]
@@ -190,6 +190,16 @@ class Windows:
     def _first_token(self, ids: list[int]) -> int:
         """The place of the token that stands for the whole window: CLS, which some models have at the end."""
         return ids.index(self.tokenizer.cls_token_id) if self.tokenizer.cls_token_id in ids else 0
+
+
+def _texts(rows: Columns, name: str) -> list[str]:
+    for row, value in zip(rows["id"], rows[name], strict=True):
+        if value is not None and not isinstance(value, str):
+            raise DataError(
+                f"question {row}: {name}: got {value!r:.60}; must be text; set recipe_args.{name}_column if another "
+                "column holds it"
+            )
+    return [value or "" for value in rows[name]]
 
 
 def _context_only(encoded: Any, window: int) -> list[Span]:

@@ -322,7 +322,9 @@ def _write(args: RowArgs, source: _Source, folder: Path, context: RecipeContext)
     facts["validation"] = _write_split(rows, folder / "validation.arrow", features, source.name, context)
     for split, found in facts.items():
         if split != "limit" and not found["rows"]:
-            raise DataError(f"{source.name}: there is no row in its {split} data")
+            held = 0 if source.validation or split != "train" else facts["validation"]["rows"]
+            why = f", for all {held} are held out: equal rows stay on one side; state recipe_args.validation_files"
+            raise DataError(f"{source.name}: there is no row in its {split} data{why if held else ''}")
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     context.progress.finish()
 

@@ -133,7 +133,7 @@ def _columns(args: Args) -> dict[str, str]:
 def _source(args: Args, context: RecipeContext) -> Source:
     def texts() -> Iterator[str]:
         for row in load_rows(args, context, _columns(args), ENTITIES, _readers(args)).train:
-            yield " ".join(row["words"] or ())
+            yield " ".join(map(str, listed_values(row["words"], "training", "words")))
 
     identity = rows_identity(args, _columns(args), ENTITIES, _readers(args))
     return Source(args, small_encoder(texts, identity), context.cache)

@@ -397,6 +397,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
 # --- bad input -------------------------------------------------------------------------------------------
 
 
+def test_of_rows_that_are_all_equal_it_is_said_where_they_went(tmp_path: Path, context: RecipeContext) -> None:
+    path = str(write(tmp_path / "a.jsonl", some_rows(1) * 30))
+    with pytest.raises(DataError, match=r"its train data, for all 30 are held out: .* recipe_args\.validation_files$"):
+        loaded(context, train_files=path)
+
+
 BAD_FILES: dict[str, tuple[bytes, str]] = {
     "empty.csv": (b"", ": is empty"),
     "blank.jsonl": (b"\n\n", ": holds no row"),
