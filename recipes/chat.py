@@ -303,9 +303,7 @@ class Conversations:
     @property
     def uncut_lengths(self) -> Any:
         """The same before they were cut."""
-        import numpy as np
-
-        return self._rows.numbers("tokens") if len(self) else np.zeros(0, np.int64)
+        return self._rows.numbers("tokens")
 
     def __getitem__(self, index: int) -> Tokens:
         """Ids and labels of one, shape `(2, seq)`."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from launch.errors import DataError
 from recipes.models import Embedded
 
 if TYPE_CHECKING:
@@ -39,13 +38,7 @@ def small_encoder(texts: Callable[[], Iterable[str]], identity: JsonValue) -> Em
     """
     key = {"texts": identity, "most": TEXTS, "vocabulary": VOCABULARY, "model": _MODEL, "version": 2}
     config = {"model_type": "bert", "vocab_size": VOCABULARY, **_MODEL}
-    return Embedded("encoder", key, lambda folder: _make(folder, map(_text, itertools.islice(texts(), TEXTS))), config)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"the training rows hold {value!r:.60} where a text should be; set recipe_args.text_column")
-    return value
+    return Embedded("encoder", key, lambda folder: _make(folder, itertools.islice(texts(), TEXTS)), config)
 
 
 def _make(folder: Path, texts: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
+from launch.errors import DataError
 from launch.recipe import RecipeContext
 from launch.topology import read_machine, tokenizers_without_threads
 from recipes.tables import StoredRows, TableWriter, in_batches, table
@@ -102,6 +103,17 @@ def encoded_samples(context: RecipeContext, name: str, rows_identity: JsonValue,
 def encoded_key(rows_identity: JsonValue, identity: JsonValue) -> dict[str, JsonValue]:
     """All that encoded rows are made from: what `encode_rows` gives them as their identity."""
     return {"version": 1, "rows": rows_identity, "encoded": identity}
+
+
+def text_of(value: Any, where: str) -> str:
+    """A value in the column of texts; empty where there is none.
+
+    Raises:
+        DataError: it is something else; `where` says of which rows it is.
+    """
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where} hold {value!r:.60} where a text should be; set recipe_args.text_column")
+    return value or ""
 
 
 def _process_count(stated: int | None, rows: int) -> int:

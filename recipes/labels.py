@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from launch.errors import ConfigError, DataError
 from launch.recipe import RecipeContext
-from recipes.tables import ROWS_AT_ONCE, StoredRows, class_names, in_batches
+from recipes.tables import ROWS_AT_ONCE, StoredRows
 
 if TYPE_CHECKING:
     from recipes.rows import Splits
@@ -118,11 +118,6 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(found, key=int) if all(map(_WHOLE_NUMBER.fullmatch, found)) else found
 
 
-def stated_names(rows: StoredRows) -> tuple[str, ...]:
-    """What the data itself calls the numbers in its label column; none where it does not."""
-    return class_names(rows.schema, "label")
-
-
 def holds_lists(rows: StoredRows) -> bool:
     """Whether the label column holds lists."""
     return "list" in str(rows.schema.field("label").type)
@@ -153,9 +148,11 @@ def known_labels(context: RecipeContext, identity: JsonValue) -> list[str] | Non
 def _labels_in(rows: Any, reading: Reading, context: RecipeContext) -> set[str]:
     found: set[str] = set()
     context.progress.start("looking for labels", len(rows))
-    for batch in in_batches(rows.select_columns(["label"]), ROWS_AT_ONCE):
-        for row in batch:
-            found.update(reading(row["label"]))
+    labels = rows.select_columns(["label"])
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        batch = labels[start : start + ROWS_AT_ONCE]["label"]
+        for value in batch:
+            found.update(reading(value))
         context.progress.advance(len(batch))
     context.progress.finish()
     return found

@@ -23,6 +23,7 @@ from launch.recipe import Batch, Inference, Metrics, Prepared, Preview, RecipeCo
 from recipes.batches import IGNORED, count_targets, lengths_of, marks, padded, without_labels
 from recipes.embedded import paragraphs
 from recipes.embedded_encoder import small_encoder
+from recipes.encoding import text_of
 from recipes.head_loss import LossArgs, summed_loss, summed_loss_and_best, with_head_loss
 from recipes.masking import Masked, MaskedStream, Masking
 from recipes.models import ModelArgs, Source, check_model
@@ -127,7 +128,8 @@ def _columns(args: Args) -> dict[str, str]:
 
 def _source(args: Args, context: RecipeContext) -> Source:
     def texts() -> Iterator[str]:
-        return (row["text"] or "" for row in load_rows(args, context, _columns(args), REFERENCE).train)
+        rows = load_rows(args, context, _columns(args), REFERENCE).train
+        return (text_of(row["text"], "the training rows") for row in rows)
 
     return Source(args, small_encoder(texts, rows_identity(args, _columns(args), REFERENCE)), context.cache)
 
@@ -167,7 +169,7 @@ class Encoder:
         Raises:
             DataError: a text that is none.
         """
-        texts = [text for text in map(_as_text, batch["text"]) if text.strip()]
+        texts = [text for text in (text_of(value, "the rows") for value in batch["text"]) if text.strip()]
         plain = self.tokens(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         if not self.join:
             kept = [ids for ids in plain if ids]
@@ -194,12 +196,6 @@ class Encoder:
         plain = self.tokens("a", add_special_tokens=False)["input_ids"]
         start = next(place for place in range(len(whole)) if whole[place : place + len(plain)] == plain)
         return whole[:start], whole[start + len(plain) :]
-
-
-def _as_text(value: Any) -> str:
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"the rows hold {value!r:.60} where a text should be; set recipe_args.text_column")
-    return value or ""
 
 
 def _facts(encoded: Splits, rows: Splits) -> dict[str, Any]:

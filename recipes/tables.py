@@ -197,7 +197,7 @@ class StoredRows:
             table = table.append_column(name, [pa.Array.from_buffers(pa.int64(), len(values), [None, numbers])])
         self._table: pa.Table = table if names is None else table.select(list(names))
         self._batches: list[pa.RecordBatch] = self._table.to_batches()
-        self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64)
+        self._starts = np.cumsum([0, *map(len, self._batches)], dtype=np.int64)
         self._chosen = None if chosen is None else np.asarray(chosen, dtype=np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -256,7 +256,7 @@ class StoredRows:
         """The whole numbers in a column, or in its lists one after the other; int64."""
         import pyarrow as pa
 
-        chunks = self.column(name).chunks
+        chunks = self.column(name).chunks if len(self) else []  # without rows there are no columns
         return _joined([chunk.flatten() if pa.types.is_list(chunk.type) else chunk for chunk in chunks])
 
     def select(self, chosen: Sequence[int]) -> StoredRows:
@@ -284,10 +284,10 @@ class StoredRows:
         else:  # `Table.take` would be ten times as slow
             places = np.asarray(indices, dtype=np.int64)
             places = places if self._chosen is None else self._chosen[places]
-            numbers = np.searchsorted(self._ends, places, side="right")
+            numbers = np.searchsorted(self._starts, places, side="right") - 1
             pieces = [
-                self._batches[number].slice(place - self._ends[number] + len(self._batches[number]), 1)
-                for place, number in zip(places.tolist(), numbers.tolist(), strict=True)
+                self._batches[number].slice(place, 1)
+                for place, number in zip((places - self._starts[numbers]).tolist(), numbers.tolist(), strict=True)
             ]
             taken = pa.Table.from_batches(pieces, self.schema)
         return dict(zip(taken.column_names, taken.columns, strict=True))

@@ -19,6 +19,7 @@ from launch.recipe import Batch, Inference, Prepared, Preview, RecipeContext, Sc
 from recipes.batches import IGNORED, marks, padded, summed_cross_entropy
 from recipes.embedded_docstrings import DOCSTRINGS
 from recipes.embedded_encoder import small_encoder
+from recipes.encoding import text_of
 from recipes.label_metrics import choose, measure, numbers_of
 from recipes.labels import (
     LIKELY_LABELS,
@@ -28,11 +29,10 @@ from recipes.labels import (
     found_labels,
     holds_lists,
     known_labels,
-    stated_names,
 )
 from recipes.models import ModelArgs, Source, check_model
 from recipes.rows import RowArgs, RowStream, Splits, check_rows, encode_rows, encoded_samples, load_rows, rows_identity
-from recipes.tables import list_lengths
+from recipes.tables import class_names, list_lengths
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,7 @@ def _columns(args: Args) -> dict[str, str]:
 def _source(args: Args, context: RecipeContext) -> Source:
     def texts() -> Iterator[str]:
         for row in load_rows(args, context, _columns(args), DOCSTRINGS).train:
-            yield from (row[name] or "" for name in ("text", "second_text") if name in row)
+            yield from (text_of(row[name], "the training rows") for name in ("text", "second_text") if name in row)
 
     embedded = small_encoder(texts, rows_identity(args, _columns(args), DOCSTRINGS))
     return Source(args, embedded, context.cache)
@@ -168,7 +168,7 @@ def _config(source: Source, tokens: PreTrainedTokenizerBase, labels: Labels) -> 
 
 
 def _labels(args: Args, rows: Splits, context: RecipeContext) -> tuple[Reading, Labels]:
-    reading = Reading(args.label_separator, stated_names(rows.validation))
+    reading = Reading(args.label_separator, class_names(rows.validation.schema, "label"))
     if args.problem == "auto":
         several = bool(args.label_separator) or holds_lists(rows.validation)
     else:
@@ -211,21 +211,15 @@ class Encoder:
         Raises:
             DataError: a text that is none, or a label that is none of the task.
         """
-        texts = zip(*(map(self._text, batch[name]) for name in ("text", "second_text") if name in batch), strict=True)
+        texts = zip(*(self._texts(batch[name]) for name in ("text", "second_text") if name in batch), strict=True)
         rows = [(row, value) for row, value in zip(texts, batch["label"], strict=True) if any(map(str.strip, row))]
         features = self._tokens([row for row, _ in rows])
         numbers = [self._label(value, row[0]) for row, value in rows]
         features["labels"] = numbers if self.labels.several else [number for (number,) in numbers]
         return features
 
-    def _text(self, value: Any) -> str:
-        if value is None:
-            return ""
-        if not isinstance(value, str):
-            raise DataError(
-                f"the {self.split} rows hold {value!r:.60} where a text should be; set recipe_args.text_column"
-            )
-        return value
+    def _texts(self, values: list[Any]) -> list[str]:
+        return [text_of(value, f"the {self.split} rows") for value in values]
 
     def _tokens(self, rows: list[tuple[str, ...]]) -> dict[str, list[Any]]:
         names = ["input_ids", *(["token_type_ids"] if rows and len(rows[0]) == 2 else [])]

@@ -97,7 +97,7 @@ def facts(splits: Splits, encoded: Splits) -> dict[str, Any]:
         if isinstance(rows, RowStream) or isinstance(samples, RowStream):
             continue
         made = len(samples)
-        cut = {f"{side}_cut": sum(samples.column(f"{side}_cut").to_pylist()) for side in ("source", "target")}
+        cut = {f"{side}_cut": sum(samples[f"{side}_cut"]) for side in ("source", "target")}
         shares = {f"share_of_{side}": number / max(made, 1) for side, number in cut.items()}
         found[name] = {"rows": len(rows), "samples": made, "left_out": len(rows) - made, **shares}
     return found

@@ -236,7 +236,7 @@ def _facts(encoded: Splits, rows: Splits, labels: WordLabels) -> dict[str, Any]:
             raise DataError(f"the {name} rows hold no words; is recipe_args.words_column the right one?")
         numbers = samples.numbers("word_labels")
         targets = numbers[numbers != IGNORED]
-        words = int(np.sum(samples["words"]))
+        words = int(samples.numbers("words").sum())
         facts[name] = {
             "rows": len(read),
             "rows without words": len(read) - len(samples),

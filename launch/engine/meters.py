@@ -61,15 +61,11 @@ class Clock:
 
         A process on its own exchanges nothing: its GPU is waited for only where a number of it is wanted.
         """
-        if self._alone:
-            with self.phase("compute"):
-                yield
-            return
         if self._cuda:
             torch.cuda.current_stream().synchronize()  # the exchange would wait for it too
             self.alone_seconds += sum(before.elapsed_time(after) for before, after in self._events) / 1000
             self._events.clear()
-        with self.phase("sync"):
+        with self.phase("compute" if self._alone else "sync"):
             yield
 
     @contextlib.contextmanager

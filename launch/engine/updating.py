@@ -38,11 +38,10 @@ class Updates:
         self.optimizer = optimizer
         self._accelerator, self._model, self._max_grad_norm = accelerator, model, max_grad_norm
         self._scale = scale
-        # Elsewhere Accelerate's step and clipping do more than torch's.
-        self._by_torch = not isinstance(model, FSDPModule) and not is_xla(accelerator)
         # Accelerate's looks twice in each step for lomo_optim, in all folders of sys.path (1.15, `is_lomo_available`),
-        # and has Python take apart the signature of `zero_grad`.
-        self._stepper = innermost(optimizer) if self._by_torch else optimizer
+        # and has Python take apart the signature of `zero_grad`. On XLA devices it adds up gradients over them.
+        self._stepper = optimizer if is_xla(accelerator) else innermost(optimizer)
+        self._clips_by_torch = not isinstance(model, FSDPModule) and not is_xla(accelerator)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._used = not isinstance(model, DistributedDataParallel)
         # DDP's gradients stay where its buckets are: made anew, they would lie beside them until the last micro-batch.
@@ -93,7 +92,7 @@ class Updates:
     def _clip(self) -> float:
         """The global norm of the gradient, which is shortened if it is too long."""
         most = self._max_grad_norm or math.inf
-        if not self._by_torch:
+        if not self._clips_by_torch:
             norm = self._accelerator.clip_grad_norm_(self._model.parameters(), most)
             return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # host sync
         norm = torch.nn.utils.get_total_norm(self._gradients())
