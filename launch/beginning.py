@@ -89,7 +89,7 @@ def begin(arguments: argparse.Namespace, world: World) -> Start | None:
     start = Start(plan, recipe_of(plan.config), world, given, arguments.trials, arguments.weights)
     if announced := roll_call():
         start.meeting = _meet(announced, world)
-        start_pulse(start.meeting.launcher, lambda: start.run.updates_done if start.run else 0)
+        start_pulse(start.meeting.tell, lambda: start.run.updates_done if start.run else 0)
     return start
 
 

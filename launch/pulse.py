@@ -6,14 +6,11 @@ even say so, because it was stopped or something holds Python's lock, is known b
 
 from __future__ import annotations
 
-import contextlib
-import json
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -64,8 +61,8 @@ PHASES = (
 """What the innermost of these files in a stack means."""
 
 
-def start_pulse(launcher: socket.socket, updates_done: Callable[[], int]) -> None:
-    """Tell the launcher from now on, as long as this process lives."""
+def start_pulse(tell: Callable[[Beat], None], updates_done: Callable[[], int]) -> None:
+    """Tell `tell`, which tells the launcher, from now on, as long as this process lives."""
     main = threading.main_thread().ident
     assert main is not None, "it runs"
 
@@ -82,9 +79,7 @@ def start_pulse(launcher: socket.socket, updates_done: Callable[[], int]) -> Non
             if now != last:
                 last, since = now, time.monotonic()
             seconds = time.monotonic() - since
-            told = asdict(describe(found, now[0], seconds))
-            with contextlib.suppress(OSError):  # that the launcher has gone is noticed elsewhere
-                launcher.sendall(json.dumps({"beat": told}).encode() + b"\n")
+            tell(describe(found, now[0], seconds))
 
     threading.Thread(target=beat, name="pulse", daemon=True).start()
 

@@ -36,7 +36,15 @@ REACH_SECONDS = 30.0
 """How long a rank tries to reach the launcher."""
 
 SILENT_SECONDS = (10, 5, 3)
-"""TCP keep-alive: asked after so many idle seconds, then every so many, given up after so many questions."""
+"""TCP keep-alive: asked after so many idle seconds, then every so many, given up after so many questions.
+
+As long in all is waited for the receipt of what was sent, of which keep-alive knows nothing: without a limit of its own
+that is tried again for a quarter of an hour.
+"""
+
+UNANSWERED_BEATS = 16
+"""How many beats may be on their way. A launcher that was stopped by Ctrl-Z answers none, and must not be sent so much
+that it cannot be received: for the kernel that would be silence."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -173,9 +181,11 @@ class RollCall:
         self._callers[answer.rank] = caller
 
     def _note(self, caller: _Caller, answer: Answer) -> None:
-        """Keep the last beat of a rank."""
-        line = caller.text.splitlines()[-1]
+        """Keep the last beat of a rank, and answer each."""
+        *_, line = lines = caller.text.splitlines()
         caller.text = b""
+        with contextlib.suppress(OSError):  # that it has gone is noticed when it is heard
+            caller.connection.send(b"\n" * len(lines))
         with contextlib.suppress(ValueError, KeyError, TypeError):
             beat = Beat(**json.loads(line)["beat"])
             self.heard[answer.rank] = self.last[answer.rank] = Heard(answer.host, beat, time.monotonic())
@@ -287,14 +297,25 @@ class Meeting:
     """The launcher's, as it was reached."""
     interface: str | None
     """The network interface by which ranks on other hosts are reached; None where all are on this one."""
+    told: int = 0
+    """Beats that were sent."""
+    answered: int = 0
+    """How many of them the launcher has answered, while it is watched."""
+
+    def tell(self, beat: Beat) -> None:
+        """Send the launcher a beat, unless it has many to hear yet."""
+        if self.told - self.answered < UNANSWERED_BEATS:
+            with contextlib.suppress(OSError):  # that it has gone is noticed by `watch`
+                self.launcher.sendall(json.dumps({"beat": asdict(beat)}).encode() + b"\n")
+                self.told += 1
 
     def watch(self, ended: Callable[[], None], silent: Callable[[], None]) -> None:
         """Have a thread call `ended` when the launcher has ended, and `silent` when its host answers no more."""
 
         def wait() -> None:
             try:
-                while self.launcher.recv(4096):
-                    pass
+                while answers := self.launcher.recv(4096):
+                    self.answered += len(answers)
             except OSError as error:
                 if is_silence(error):
                     silent()
@@ -376,9 +397,11 @@ def is_silence(error: OSError) -> bool:
 
 
 def notice_silence(connection: socket.socket) -> None:
-    """Have the kernel end a connection whose other side answers no more."""
+    """Have the kernel end a connection whose other side answers no more (tcp(7))."""
     idle, interval, count = SILENT_SECONDS
+    limit = (idle + interval * count) * 1000
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", idle), ("TCP_KEEPINTVL", interval), ("TCP_KEEPCNT", count)):
+    options = {"TCP_KEEPIDLE": idle, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": count, "TCP_USER_TIMEOUT": limit}
+    for name, value in options.items():
         if hasattr(socket, name):  # macOS has other names
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -161,6 +161,10 @@ class Cluster:
         """Pull or plug the network cable of a node."""
         self._control.ip(f"link set v{node} {'up' if up else 'down'}")
 
+    def port(self, node: str, open_: bool) -> None:
+        """Open or close a node's port of the switch: where it is closed packets vanish, and no host is told."""
+        self._control.ip(f"link set v{node} {'master eth0' if open_ else 'nomaster'}")
+
     def jobs(self) -> list[dict[str, str]]:
         """The fields of all jobs, also of those that have ended."""
         return [_fields(line) for line in self._said("scontrol", "show", "job", "-o").splitlines() if "JobId=" in line]
@@ -206,7 +210,7 @@ class Cluster:
         self._said("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def settle(self) -> None:
-        """End all jobs, plug in and boot what is not, and wait until all nodes are idle again."""
+        """End all jobs, connect and boot what is not, and wait until all nodes are idle again."""
         active = [fields["JobId"] for fields in self.jobs() if fields["JobState"] in ACTIVE]
         if active:
             self.run("scancel", "--full", "--signal=KILL", *active)
@@ -215,6 +219,7 @@ class Cluster:
             if not node.runs:
                 self.boot(name)
             self.link(name, up=True)
+            self.port(name, open_=True)
         told = self._said("sinfo", "--noheader", "--Node", "--partition=debug", "--format=%N %t")
         if down := [line.split()[0] for line in told.splitlines() if "*" in line or "down" in line]:
             self.run("scontrol", "update", f"NodeName={','.join(down)}", "State=RESUME")

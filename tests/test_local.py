@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,14 @@ from typing import Any
 
 import pytest
 
+from launch import local
 from launch.checkpoints import newest_complete
+from launch.config import load
 from launch.errors import RunFolderError
+from launch.plan import make_plan
+from launch.recipe import Preview
 from launch.record import held
+from launch.topology import Machine, World
 from tests.processes import Launcher, launched
 
 RECIPE = str(Path(__file__).with_name("own_recipe.py"))
@@ -185,6 +191,23 @@ def test_ranks_save_when_the_launcher_is_killed(counting: Callable[..., Launcher
     assert launcher.below() == []
     assert stopped(tmp_path)["signal"] == "SIGTERM"
     assert newest_complete(tmp_path / "run") is not None
+
+
+def test_ranks_that_we_end_have_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even those that have to be killed, whenever it is looked at them."""
+    monkeypatch.setattr(local, "GRACE_SECONDS", 0.5)
+    loaded = load(None, ["recipe=causal_lm", "parallel.devices=2"])
+    plan = make_plan(loaded, Machine("here", 2, 0), World(), Preview(), tmp_path / "run")
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    plan = plan.model_copy(update={"command": (sys.executable, "-c", deaf)})
+    (tmp_path / "run/logs").mkdir(parents=True)
+    ranks = local.start(plan, tmp_path / "run", None, quiet=True)
+    log, until = tmp_path / "run/logs/launcher.log", time.monotonic() + 30
+    while log.stat().st_size < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    ranks.end()
+    ranks.look()
+    assert (ranks.left, ranks.ends) == (0, [])
 
 
 # --- restarts --------------------------------------------------------------------------------------------

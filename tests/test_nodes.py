@@ -53,6 +53,10 @@ class Machines:
 
     def type(self, node: str, *arguments: str, path: str = str(ROOT), within: tuple[str, ...] = ()) -> None:
         """Type a command of `shoal`; `path` is where its Python finds what is imported, `within` what starts it."""
+        self.command(node, sys.executable, "-m", "launch", *arguments, path=path, within=within)
+
+    def command(self, node: str, *command: str, path: str = str(ROOT), within: tuple[str, ...] = ()) -> None:
+        """Type any command."""
 
         def work() -> None:
             environment = {
@@ -60,15 +64,8 @@ class Machines:
                 "OMP_NUM_THREADS": "1",
                 "SHOAL_CACHE": f"{self.folder}/cache-{node}",
             }
-            command = [
-                *within,
-                "env",
-                *(f"{name}={value}" for name, value in environment.items()),
-                sys.executable,
-                "-m",
-                "launch",
-            ]
-            self.done[node] = self.cluster.run(*command, *arguments, node=node, cwd=self.folder, timeout=300)
+            begin = [*within, "env", *(f"{name}={value}" for name, value in environment.items())]
+            self.done[node] = self.cluster.run(*begin, *command, node=node, cwd=self.folder, timeout=300)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
@@ -130,12 +127,16 @@ def test_a_machine_with_other_settings_is_refused(machines: Machines) -> None:
 @pytest.mark.slurm
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_cut_link_ends_all_soon_and_each_names_the_other(machines: Machines) -> None:
+@pytest.mark.parametrize("how", ["cable", "switch"])
+def test_a_cut_link_ends_all_soon_and_each_names_the_other(how: str, machines: Machines) -> None:
     slow = ("recipe_args.seconds_per_batch=0.1", "train.max_steps=400", "eval.at_start=false")
     machines.start("n1", *slow)
     machines.start("n2", *slow)
     machines.until(lambda: len(machines.updates()) >= 3)
-    machines.cluster.link("n2", up=False)
+    if how == "cable":
+        machines.cluster.link("n2", up=False)
+    else:
+        machines.cluster.port("n2", open_=False)
     cut = time.monotonic()
     machines.end(75)
     assert time.monotonic() - cut < 75
@@ -146,6 +147,39 @@ def test_a_cut_link_ends_all_soon_and_each_names_the_other(machines: Machines) -
     for node in ("n1", "n2"):
         left = machines.cluster.run("pgrep", "-f", "launch.train", node=node)
         assert not left.stdout, "no process is left"
+
+
+@pytest.mark.slurm
+def test_silence_is_noticed_also_while_something_is_on_its_way(machines: Machines) -> None:
+    """Keep-alive asks nothing then; without a limit it would be sent again for a quarter of an hour."""
+    begin = "import socket, sys, time; from launch import rollcall; rollcall.SILENT_SECONDS = (1, 1, 1)"
+    hears = "line, _ = socket.create_server(('', 29401)).accept(); line.recv(1); time.sleep(60)"
+    tells = """
+line = socket.create_connection(("n1", 29401))
+rollcall.notice_silence(line)
+line.sendall(b"x")
+open("told", "w").close()
+line.settimeout(0.1)
+until = time.monotonic() + 30
+while time.monotonic() < until:
+    try:
+        line.send(b"x")
+        line.recv(1)
+    except TimeoutError as error:
+        if error.errno is None:  # of ours
+            continue
+        sys.exit(0 if rollcall.is_silence(error) else 1)
+    except OSError as error:
+        sys.exit(0 if rollcall.is_silence(error) else 1)
+sys.exit("nothing was noticed")
+"""
+    for node, script in (("n1", hears), ("n2", tells)):
+        machines.command(node, sys.executable, "-c", f"{begin}\n{script}")
+        time.sleep(1)
+    machines.until(lambda: (machines.folder / "told").exists())
+    machines.cluster.port("n2", open_=False)
+    machines.until(lambda: "n2" in machines.done)
+    assert machines.done["n2"].returncode == 0, machines.done["n2"].stderr
 
 
 @pytest.mark.slurm

@@ -13,7 +13,8 @@ import pytest
 
 from launch import rollcall
 from launch.errors import TopologyError
-from launch.rollcall import LOOPBACK, Meeting, RollCall, answer, hosts_of_this_machine
+from launch.pulse import Beat
+from launch.rollcall import LOOPBACK, UNANSWERED_BEATS, Meeting, RollCall, answer, hosts_of_this_machine
 from launch.supervise import _compare_cpus
 
 HERE = socket.gethostname()
@@ -171,6 +172,22 @@ def test_each_side_learns_that_the_other_has_ended(call: Callable[[int], RollCal
     for caller in list(roll._callers.values()):
         caller.connection.close()
     assert ended.wait(5) and not silent.is_set()
+
+
+def test_a_launcher_that_stands_still_is_sent_no_more_than_it_can_receive(call: Callable[[int], RollCall]) -> None:
+    """Nor is a beat lost that it was sent; once it goes on, so do the beats."""
+    roll = call(1)
+    (found,) = meet(roll, (0, 1))
+    until(roll, found.done)
+    rank = found.result()
+    rank.watch(lambda: None, lambda: None)
+    for update in range(100):
+        rank.tell(Beat(update, "in the training step", "recipe.py:1 in f", False, False, 0.0))
+    assert rank.told == UNANSWERED_BEATS
+    until(roll, lambda: rank.answered == UNANSWERED_BEATS)
+    assert roll.heard[0].beat.update == UNANSWERED_BEATS - 1
+    rank.tell(Beat(100, "in the training step", "recipe.py:1 in f", False, False, 0.0))
+    until(roll, lambda: roll.heard[0].beat.update == 100)
 
 
 def test_a_rank_that_goes_before_they_meet_may_come_again(call: Callable[[int], RollCall]) -> None:
