@@ -33,7 +33,7 @@ class Profiler:
                 activities=[ProfilerActivity.CPU, *on_device],
                 schedule=schedule(skip_first=SKIPPED - 1, wait=0, warmup=1, active=updates, repeat=1),
                 on_trace_ready=self._write,
-                record_shapes=True,
+                record_shapes=False,  # they would take as much memory as all the rest
                 profile_memory=True,
             )
 

@@ -428,11 +428,12 @@ class Run:
         return score
 
     def _planned_memory(self) -> int | None:
-        """What `peaks` are to be compared with: on a GPU they do not hold the libraries' share."""
+        """What `peaks` are to be compared with: on a GPU they hold no libraries, and no profile is planned on a CPU."""
         memory, processes = self.plan.memory, self.plan.processes
-        if memory is None:
+        on_cpu = processes.device == "cpu"
+        if memory is None or (on_cpu and self.plan.config.track.profile):
             return None
-        return memory.needs[processes.strategy].total + (memory.libraries if processes.device == "cpu" else 0)
+        return memory.needs[processes.strategy].total + memory.libraries * on_cpu
 
     def result(self) -> dict[str, Any]:
         """What came out, as plain data."""
