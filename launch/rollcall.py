@@ -339,13 +339,17 @@ def answer(announcement: str, rank: int, world_size: int, cpus: int) -> Meeting:
     launcher, host = _reach(rank, places.split(","))
     port = listener.getsockname()[1] if listener else None
     said = asdict(Answer(rank, world_size, socket.gethostname(), cpus, port))
-    launcher.sendall(json.dumps({"token": token, **said}).encode() + b"\n")
     line = b""
-    while not line.endswith(b"\n"):
-        more = launcher.recv(4096)
-        if not more:
-            raise TopologyError(f"{_name(rank)}: the launcher on {host} has hung up")
-        line += more
+    try:
+        launcher.sendall(json.dumps({"token": token, **said}).encode() + b"\n")
+        while not line.endswith(b"\n"):
+            more = launcher.recv(4096)
+            if not more:
+                raise TopologyError(f"{_name(rank)}: the launcher on {host} has hung up")
+            line += more
+    except OSError as error:
+        how = "answers no more" if is_silence(error) else "has hung up"
+        raise TopologyError(f"{_name(rank)}: the launcher on {host} {how}") from None
     reply = json.loads(line)
     if problem := reply.get("problem"):
         raise TopologyError(problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -147,6 +148,22 @@ def test_a_launcher_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> N
     assert message.startswith(f"rank 1 ({HERE}): cannot reach the launcher: no-such-host.invalid:1: ")
     assert f"; {place}: Connection refused; " in message
     assert message.endswith("set cluster.network_interface where only one of their networks does")
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_launcher_that_leaves_before_all_have_come(reset: bool) -> None:
+    with socket.create_server((LOOPBACK, 0)) as listener, ThreadPoolExecutor(1) as pool:
+        found = pool.submit(answer, f"token@{LOOPBACK}:{listener.getsockname()[1]}", 1, 2, 2)
+        connection, _ = listener.accept()
+        connection.recv(1)
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        else:
+            connection.recv(4096)
+        connection.close()
+        with pytest.raises(TopologyError) as caught:
+            found.result(10)
+    assert str(caught.value) == f"rank 1 ({HERE}): the launcher on {LOOPBACK} has hung up"
 
 
 def test_a_place_that_answers_is_taken_where_the_first_does_not(call: Callable[[int], RollCall]) -> None:
