@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import ConfigError, TopologyError
+from launch.meeting import Meeting, answer
 from launch.outside import refuse_another
 from launch.plan import Plan, decide
 from launch.pulse import start_pulse
 from launch.record import changed_settings, is_finished, read_plan
 from launch.registry import Recipe, recipe_of
-from launch.rollcall import Meeting, answer
 from launch.topology import World, enter_world, is_supervised, roll_call, usable_cores
 
 if TYPE_CHECKING:

@@ -24,9 +24,10 @@ from launch.local import LocalRanks
 from launch.plan import Plan
 from launch.record import is_run_folder, read_plan
 from launch.resume import changes
-from launch.rollcall import RollCall, hosts_of_this_machine, is_silence, notice_silence
+from launch.rollcall import RollCall, hosts_of_this_machine
 from launch.root_cause import End
 from launch.sections import RunConfig
+from launch.silence import is_silence, notice_silence
 from launch.supervise import ALONE_SECONDS, POLL_SECONDS, Ending, Place, Signals, say, supervise
 from launch.topology import Machine, World, world_to_be
 

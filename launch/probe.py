@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from launch.rollcall import answer
+from launch.meeting import answer
 from launch.topology import World, enter_world, read_world, roll_call, usable_cores
 
 

@@ -1,23 +1,20 @@
 """Where the ranks of a run report to the launcher: who is there, where they meet, and that they are there still.
 
-The launcher calls the roll (`RollCall`); each rank answers it (`answer`) before it touches data or devices. Ranks then
-meet at an address by which other hosts have reached the launcher's, whatever the names of hosts resolve to, and at a
-port that rank 0 already holds. The connections stay open: the kernel tells each side that the other has gone, also
-where a cable was cut.
+The launcher calls the roll (`RollCall`); each rank answers it (`launch.meeting`) before it touches data or devices.
+Ranks then meet at an address by which other hosts have reached the launcher's, whatever the names of hosts resolve to,
+and at a port that rank 0 already holds. The connections stay open: the kernel tells each side that the other
+has gone, also where a cable was cut.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import secrets
 import selectors
 import socket
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -25,26 +22,13 @@ import psutil
 from launch.errors import TopologyError
 from launch.hangs import Heard
 from launch.pulse import Beat
+from launch.silence import is_silence, notice_silence
 
 MISSING_SECONDS = 40.0
 """How long after the last answer the ranks that have not answered count as missing."""
 
 FIRST_ANSWER_SECONDS = 600.0
 """How long the first answer may take: a cold file system may take minutes to start Python."""
-
-REACH_SECONDS = 30.0
-"""How long a rank tries to reach the launcher."""
-
-SILENT_SECONDS = (10, 5, 3)
-"""TCP keep-alive: asked after so many idle seconds, then every so many, given up after so many questions.
-
-As long in all is waited for the receipt of what was sent, of which keep-alive knows nothing: without a limit of its own
-that is tried again for a quarter of an hour.
-"""
-
-UNANSWERED_BEATS = 16
-"""How many beats may be on their way. A launcher that was stopped by Ctrl-Z answers none, and must not be sent so much
-that it cannot be received: for the kernel that would be silence."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -79,9 +63,6 @@ class _Caller:
     connection: socket.socket
     text: bytes = b""
     answer: Answer | None = None
-
-
-# --- the launcher's side ---------------------------------------------------------------------------------
 
 
 class RollCall:
@@ -279,133 +260,3 @@ def hosts_of_this_machine(interface: str | None = None) -> list[str]:
         return addresses[interface]
     outside = [address for found in addresses.values() for address in found if not address.startswith("127.")]
     return [socket.gethostname(), *outside]
-
-
-# --- a rank's side ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Meeting:
-    """Where the ranks meet, and the line to the launcher."""
-
-    address: str
-    port: int
-    listener: socket.socket | None
-    """On rank 0: what holds the port."""
-    launcher: socket.socket
-    host: str
-    """The launcher's, as it was reached."""
-    interface: str | None
-    """The network interface by which ranks on other hosts are reached; None where all are on this one."""
-    told: int = 0
-    """Beats that were sent."""
-    answered: int = 0
-    """How many of them the launcher has answered, while it is watched."""
-
-    def tell(self, beat: Beat) -> None:
-        """Send the launcher a beat, unless it has many to hear yet."""
-        if self.told - self.answered < UNANSWERED_BEATS:
-            with contextlib.suppress(OSError):  # that it has gone is noticed by `watch`
-                self.launcher.sendall(json.dumps({"beat": asdict(beat)}).encode() + b"\n")
-                self.told += 1
-
-    def watch(self, ended: Callable[[], None], silent: Callable[[], None]) -> None:
-        """Have a thread call `ended` when the launcher has ended, and `silent` when its host answers no more."""
-
-        def wait() -> None:
-            try:
-                while answers := self.launcher.recv(4096):
-                    self.answered += len(answers)
-            except OSError as error:
-                if is_silence(error):
-                    silent()
-                    return
-            ended()
-
-        threading.Thread(target=wait, name="roll call", daemon=True).start()
-
-
-def answer(announcement: str, rank: int, world_size: int, cpus: int) -> Meeting:
-    """Report to the launcher and wait until all ranks have.
-
-    Raises:
-        TopologyError: the launcher cannot be reached, or not all ranks have come.
-    """
-    token, _, places = announcement.partition("@")
-    listener = None
-    if rank == 0:
-        listener = socket.socket()
-        listener.bind(("", 0))
-    launcher, host = _reach(rank, places.split(","))
-    port = listener.getsockname()[1] if listener else None
-    said = asdict(Answer(rank, world_size, socket.gethostname(), cpus, port))
-    line = b""
-    try:
-        launcher.sendall(json.dumps({"token": token, **said}).encode() + b"\n")
-        while not line.endswith(b"\n"):
-            more = launcher.recv(4096)
-            if not more:
-                raise TopologyError(f"{_name(rank)}: the launcher on {host} has hung up")
-            line += more
-    except OSError as error:
-        how = "answers no more" if is_silence(error) else "has hung up"
-        raise TopologyError(f"{_name(rank)}: the launcher on {host} {how}") from None
-    reply = json.loads(line)
-    if problem := reply.get("problem"):
-        raise TopologyError(problem)
-    address = reply["address"]
-    interface = None if address == LOOPBACK else _interface(address, launcher.getsockname()[0])
-    return Meeting(address, reply["port"], listener, launcher, host, interface)
-
-
-def _name(rank: int) -> str:
-    return f"rank {rank} ({socket.gethostname()})"
-
-
-def _reach(rank: int, places: list[str]) -> tuple[socket.socket, str]:
-    """A connection to the first place that can be reached."""
-    until = time.monotonic() + REACH_SECONDS
-    patience = max(1.0, REACH_SECONDS / len(places) / 3)
-    while True:
-        problems = []
-        for place in places:
-            host, _, port = place.rpartition(":")
-            try:
-                connection = socket.create_connection((host, int(port)), timeout=patience)
-            except OSError as error:
-                problems.append(f"{place}: {error.strerror or error}")
-                continue
-            connection.settimeout(None)
-            notice_silence(connection)
-            return connection, host
-        if time.monotonic() > until:
-            raise TopologyError(
-                f"{_name(rank)}: cannot reach the launcher: {'; '.join(problems)}; see whether hosts may connect to "
-                "each other on any port, and set cluster.network_interface where only one of their networks does"
-            )
-        time.sleep(0.5)
-
-
-def _interface(meeting: str, mine: str) -> str | None:
-    """The interface of this host that leads to the others.
-
-    It is the one by which the launcher was reached; on the launcher's own host that by which others have reached it.
-    """
-    addresses = {each.address: name for name, found in psutil.net_if_addrs().items() for each in found}
-    return addresses.get(meeting) or addresses.get(mine)
-
-
-def is_silence(error: OSError) -> bool:
-    """Whether the other side just does not answer; else its process has ended."""
-    return error.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
-
-
-def notice_silence(connection: socket.socket) -> None:
-    """Have the kernel end a connection whose other side answers no more (tcp(7))."""
-    idle, interval, count = SILENT_SECONDS
-    limit = (idle + interval * count) * 1000
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    options = {"TCP_KEEPIDLE": idle, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": count, "TCP_USER_TIMEOUT": limit}
-    for name, value in options.items():
-        if hasattr(socket, name):  # macOS has other names
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

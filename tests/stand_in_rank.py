@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from launch.rollcall import Meeting, answer
+from launch.meeting import Meeting, answer
 from launch.topology import read_world, roll_call
 
 

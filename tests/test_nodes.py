@@ -152,11 +152,11 @@ def test_a_cut_link_ends_all_soon_and_each_names_the_other(how: str, machines: M
 @pytest.mark.slurm
 def test_silence_is_noticed_also_while_something_is_on_its_way(machines: Machines) -> None:
     """Keep-alive asks nothing then; without a limit it would be sent again for a quarter of an hour."""
-    begin = "import socket, sys, time; from launch import rollcall; rollcall.SILENT_SECONDS = (1, 1, 1)"
+    begin = "import socket, sys, time; from launch import silence; silence.SILENT_SECONDS = (1, 1, 1)"
     hears = "line, _ = socket.create_server(('', 29401)).accept(); line.recv(1); time.sleep(60)"
     tells = """
 line = socket.create_connection(("n1", 29401))
-rollcall.notice_silence(line)
+silence.notice_silence(line)
 line.sendall(b"x")
 open("told", "w").close()
 line.settimeout(0.1)
@@ -168,9 +168,9 @@ while time.monotonic() < until:
     except TimeoutError as error:
         if error.errno is None:  # of ours
             continue
-        sys.exit(0 if rollcall.is_silence(error) else 1)
+        sys.exit(0 if silence.is_silence(error) else 1)
     except OSError as error:
-        sys.exit(0 if rollcall.is_silence(error) else 1)
+        sys.exit(0 if silence.is_silence(error) else 1)
 sys.exit("nothing was noticed")
 """
     for node, script in (("n1", hears), ("n2", tells)):

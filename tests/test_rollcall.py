@@ -12,10 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from launch import rollcall
+from launch import meeting, rollcall
 from launch.errors import TopologyError
+from launch.meeting import UNANSWERED_BEATS, Meeting, answer
 from launch.pulse import Beat
-from launch.rollcall import LOOPBACK, UNANSWERED_BEATS, Meeting, RollCall, answer, hosts_of_this_machine
+from launch.rollcall import LOOPBACK, RollCall, hosts_of_this_machine
 from launch.supervise import _compare_cpus
 
 HERE = socket.gethostname()
@@ -138,7 +139,7 @@ def test_strangers_are_not_counted(line: bytes, call: Callable[[int], RollCall])
 
 
 def test_a_launcher_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollcall, "REACH_SECONDS", 0.2)
+    monkeypatch.setattr(meeting, "REACH_SECONDS", 0.2)
     with socket.socket() as free:
         free.bind((LOOPBACK, 0))
         place = f"{LOOPBACK}:{free.getsockname()[1]}"
