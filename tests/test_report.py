@@ -252,6 +252,15 @@ def test_several_runs_of_different_lengths_lie_over_one_another(tmp_path: Path) 
     assert "3 runs" in found.text
 
 
+def test_what_is_the_same_for_all_runs_is_told_once(tmp_path: Path) -> None:
+    """And the table is as wide as what differs."""
+    found = page_of(run_folder(tmp_path / "one", updates=3), run_folder(tmp_path / "two", updates=50, devices=1))
+    overview = found.text[found.text.index("The runs of this page") : found.text.index("Training loss of each")]
+    titles, same = overview.split("one\n", 1)[0].splitlines()[1:], overview.split("The same for all:\n")[1].splitlines()
+    assert titles == ["run", "state", "updates", "last training loss", "time of updates", "processes", "batch"]
+    assert same[:6] == ["tokens per second", "167", "recipe", "causal_lm", "numbers", "float32"]
+
+
 def test_a_hundred_runs_make_no_huge_page(tmp_path: Path) -> None:
     first = run_folder(tmp_path / "000")
     write_records(first, (update(each) for each in range(1, 201)))

@@ -66,13 +66,20 @@ def failures(story: Story) -> str:
 
 
 def overview(story: Story) -> str:
-    """Each run in a line, or in a few."""
+    """What became of a run; of several, in a line for each what differs, and then what does not."""
     if story.alone:
         return section("overview", "What came out", pairs(_outcome(story.runs[0])), _unreadable(story))
-    titles = [name for name, _ in _outcome(story.runs[0])]
-    rows = [[name, *(value for _, value in _outcome(facts, brief=True))] for name, facts in story.named]
+    outcomes = [_outcome(facts, brief=True) for facts in story.runs]
+    state, *others = zip(*outcomes, strict=True)  # by what is told
+    odd = [state, *(told for told in others if len(set(told)) > 1)]
+    same = [told[0] for told in others if len(set(told)) == 1 and told[0][1] != NOTHING]
+    rows = [[name, *(told[run][1] for told in odd)] for run, name in enumerate(story.names)]
     return section(
-        "overview", "What came out", table("The runs of this page", ["run", *titles], rows), _unreadable(story)
+        "overview",
+        "What came out",
+        table("The runs of this page", ["run", *(told[0][0] for told in odd)], rows),
+        paragraph("The same for all:") + pairs(same) if same else "",
+        _unreadable(story),
     )
 
 
