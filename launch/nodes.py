@@ -238,6 +238,8 @@ class _TeamRanks:
             if line.lost and line in self._working:
                 self._working.remove(line)
                 self.ends.append(End(1, None, line.host))
+                if line.lost == "ended":  # its ranks are asked to stop by the kernel, and have still saved
+                    say(f"the launcher on {line.host} has ended")
 
     def _hear(self, line: Line, message: dict[str, Any]) -> None:
         for failed in message.get("failed", []):

@@ -111,6 +111,24 @@ def test_two_machines_train_together(machines: Machines) -> None:
 @pytest.mark.slurm
 @pytest.mark.dist
 @pytest.mark.slow
+def test_a_launcher_that_is_killed_is_told_and_nothing_is_lost(machines: Machines) -> None:
+    slow = ("recipe_args.seconds_per_batch=0.1", "train.max_steps=400", "eval.at_start=false")
+    machines.start("n1", *slow)
+    machines.start("n2", *slow)
+    machines.until(lambda: len(machines.updates()) >= 3)
+    machines.cluster.run("pkill", "-KILL", "-f", "launch run run.yaml", node="n2")
+    machines.end()
+    assert (machines.done["n1"].returncode, machines.done["n2"].returncode) == (75, -9)
+    told, last = machines.done["n1"].stderr.splitlines()[-2:]
+    assert told == "shoal: the launcher on n2 has ended"
+    assert last.startswith(f"shoal: stopped by SIGTERM after update {len(machines.updates())}; checkpoint checkpoints/")
+    for node in ("n1", "n2"):
+        assert not machines.cluster.run("pgrep", "-f", "launch.train", node=node).stdout, "no process is left"
+
+
+@pytest.mark.slurm
+@pytest.mark.dist
+@pytest.mark.slow
 def test_a_machine_with_other_settings_is_refused(machines: Machines) -> None:
     machines.start("n1", "parallel.nodes=2")
     machines.start("n2", "train.learning_rate=0.5")
