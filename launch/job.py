@@ -131,7 +131,8 @@ def _see_through(plan: Plan, folder: Path, job: Job, signals: Signals) -> Ending
             f"job {job.id}, start {job.restarts + 1}: {plan.processes.nodes} nodes × {plan.processes.per_node} "
             f"processes, strategy {plan.processes.strategy}"
         )
-        place = Place(hosts_of_this_machine(plan.config.cluster.network_interface), [*job.names])
+        hosts = hosts_of_this_machine(plan.config.cluster.network_interface)
+        place = Place(hosts, [*job.names], command="shoal submit {run}")
         return supervise(plan, folder, StepRanks, place, signals=signals)
 
 

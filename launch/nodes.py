@@ -148,7 +148,8 @@ def lead(plan: Plan, folder: Path, address: Address) -> Ending:
     """
     interface = plan.config.cluster.network_interface
     hosts = hosts_of_this_machine(interface)
-    place = Place(hosts if interface else [address.host, *hosts])
+    command = f"shoal resume {{run}} --rdzv {address} (on each machine)"
+    place = Place(hosts if interface else [address.host, *hosts], command=command)
     team = _Team(plan, folder, address)
     try:
         with Signals() as signals:

@@ -6,6 +6,7 @@ Where the ranks are is not its business: `launch.local` starts them on this mach
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 import time
@@ -94,6 +95,12 @@ class Place:
     """Names and addresses by which they reach us."""
     nodes: list[str] | None = None
     """The nodes that they are on; None: not known, or only this one."""
+    command: str = "shoal resume {run}"
+    """What a user types to go on with a run there."""
+
+    def go_on(self, folder: Path) -> str:
+        """That command for the run of a folder."""
+        return self.command.replace("{run}", shlex.quote(str(folder)))
 
 
 def supervise(
@@ -117,13 +124,13 @@ def supervise(
             if saved > before:
                 fruitless = 0
             if fruitless == allowed:
-                return _crashed(folder, ending, fruitless + 1, saved)
+                return _crashed(place.go_on(folder), ending, fruitless + 1, saved)
             fruitless += 1
             pause = min(2.0 ** (fruitless - 1), LONGEST_PAUSE_SECONDS)
             say(f"{_first_line(ending)}; restart {fruitless} of {allowed} from update {saved} in {pause:g} s")
             if not signals.quiet_for(pause):
                 assert signals.first is not None
-                return _stopped(folder, signals.first)
+                return _stopped(folder, place, signals.first)
 
 
 def saved_updates(folder: Path) -> int:
@@ -132,13 +139,13 @@ def saved_updates(folder: Path) -> int:
     return update_of(checkpoint) if checkpoint else 0
 
 
-def _crashed(folder: Path, ending: Ending, times: int, saved: int) -> Ending:
+def _crashed(command: str, ending: Ending, times: int, saved: int) -> Ending:
     """A crash after which the workers are not started again, and what the user can do then."""
     lines = [ending.message]
     if times > 1:
         lines.append(f"crashed {times} times after update {saved} without a newer checkpoint")
     if saved:
-        lines.append(f"go on from update {saved} with: shoal resume {folder}")
+        lines.append(f"go on from update {saved} with: {command}")
     return replace(ending, message="\n".join(lines))
 
 
@@ -207,7 +214,7 @@ def _attempt(plan: Plan, folder: Path, start: Start, place: Place, signals: Sign
         cause = hang_cause(folder, hang, stack)
         write_cause(folder, cause)
         return Ending(cause.exit_code, cause.message, cause.traceback, cause)
-    return _ending(folder, ranks.ends, roll, signals)
+    return _ending(folder, place, ranks.ends, roll, signals)
 
 
 def _stack_of(hang: Hang, ranks: Ranks, folder: Path) -> str:
@@ -295,10 +302,10 @@ def _nothing_to_save(folder: Path) -> bool:
 # --- endings ---------------------------------------------------------------------------------------------
 
 
-def _ending(folder: Path, ends: list[End], roll: RollCall | None, signals: Signals) -> Ending:
+def _ending(folder: Path, place: Place, ends: list[End], roll: RollCall | None, signals: Signals) -> Ending:
     """How it ended: done, stopped or failed."""
     if signals.again:
-        return Ending(INTERRUPTED, f"stopped by Ctrl-C without saving; {_way_on(folder)}")
+        return Ending(INTERRUPTED, f"stopped by Ctrl-C without saving; {_way_on(folder, place)}")
     first = ends[0].code if ends else None
     asked = not ends or ends[0].was_asked
     if asked and (folder / "result.json").is_file():
@@ -313,30 +320,30 @@ def _ending(folder: Path, ends: list[End], roll: RollCall | None, signals: Signa
     lost = any(end.code == -signal.SIGKILL for end in ends) and not saved
     if not (lost and (signals.first is None or failed)):
         if stopped and (saved or asked or signals.first is not None):
-            return _stopped(folder, signals.first or signal.Signals[stopped["signal"]], stopped)
+            return _stopped(folder, place, signals.first or signal.Signals[stopped["signal"]], stopped)
         if first and asked:
-            return _stopped(folder, signals.first or (-first if first < 0 else signal.SIGTERM))
+            return _stopped(folder, place, signals.first or (-first if first < 0 else signal.SIGTERM))
         if signals.first is not None and not failed and not lost:
-            return _stopped(folder, signals.first)
+            return _stopped(folder, place, signals.first)
     cause = find_cause(folder, ends, roll.gone if roll else (), roll.last if roll else {})
     write_cause(folder, cause)
     return Ending(cause.exit_code, cause.message, cause.traceback, cause)
 
 
-def _stopped(folder: Path, number: int, stopped: dict[str, Any] | None = None) -> Ending:
+def _stopped(folder: Path, place: Place, number: int, stopped: dict[str, Any] | None = None) -> Ending:
     """The ending of a run that a signal has stopped."""
     update = stopped["update"] if stopped else 0
     when = f"after update {update}" if update else "before the first update"
     checkpoint = stopped and stopped["checkpoint"]
     if checkpoint:
-        way_on = f"checkpoint {checkpoint}; go on with: shoal resume {folder}"
+        way_on = f"checkpoint {checkpoint}; go on with: {place.go_on(folder)}"
     else:
-        way_on = _way_on(folder)
+        way_on = _way_on(folder, place)
     return Ending(exit_code(number), f"stopped by {spoken(number)} {when}; {way_on}")
 
 
-def _way_on(folder: Path) -> str:
+def _way_on(folder: Path, place: Place) -> str:
     """What can be done with a run that has left no new checkpoint."""
     if saved := saved_updates(folder):
-        return f"go on from update {saved} with: shoal resume {folder}"
+        return f"go on from update {saved} with: {place.go_on(folder)}"
     return f"nothing was saved, the record is in {folder}"

@@ -223,6 +223,7 @@ def test_a_job_that_is_cancelled_is_not_queued_again_and_goes_on_when_it_is_subm
     assert refused.stderr.startswith(f"shoal: {site.folder}/run: job {job} is RUNNING already; `shoal status ")
     assert site.shoal("cancel", "run") == f"job {job} is cancelled\n"
     site.cluster.wait_for(job, "CANCELLED")
+    assert f"; go on with: shoal submit {site.folder}/run\n" in site.log()
     time.sleep(3)  # what would queue it again would have by now
     assert site.cluster.job(job)["JobState"] == "CANCELLED" and site.cluster.job(job)["Restarts"] == "0"
     (told,) = site.states()

@@ -21,6 +21,7 @@ from launch.errors import RunFolderError
 from launch.plan import make_plan
 from launch.recipe import Preview
 from launch.record import held
+from launch.supervise import Place
 from launch.topology import Machine, World
 from tests.processes import Launcher, launched
 
@@ -191,6 +192,10 @@ def test_ranks_save_when_the_launcher_is_killed(counting: Callable[..., Launcher
     assert launcher.below() == []
     assert stopped(tmp_path)["signal"] == "SIGTERM"
     assert newest_complete(tmp_path / "run") is not None
+
+
+def test_what_goes_on_with_a_run_can_be_typed() -> None:
+    assert Place([]).go_on(Path("runs/a {run}")) == "shoal resume 'runs/a {run}'"
 
 
 def test_ranks_that_we_end_have_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

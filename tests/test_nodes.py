@@ -121,7 +121,9 @@ def test_a_launcher_that_is_killed_is_told_and_nothing_is_lost(machines: Machine
     assert (machines.done["n1"].returncode, machines.done["n2"].returncode) == (75, -9)
     told, last = machines.done["n1"].stderr.splitlines()[-2:]
     assert told == "shoal: the launcher on n2 has ended"
-    assert last.startswith(f"shoal: stopped by SIGTERM after update {len(machines.updates())}; checkpoint checkpoints/")
+    update, again = len(machines.updates()), f"shoal resume {machines.folder}/run --rdzv n1:29400 (on each machine)"
+    checkpoint = f"checkpoints/step-{update:06d}"
+    assert last == f"shoal: stopped by SIGTERM after update {update}; checkpoint {checkpoint}; go on with: {again}"
     for node in ("n1", "n2"):
         assert not machines.cluster.run("pgrep", "-f", "launch.train", node=node).stdout, "no process is left"
 
