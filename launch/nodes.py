@@ -28,7 +28,7 @@ from launch.rollcall import RollCall, hosts_of_this_machine
 from launch.root_cause import End
 from launch.sections import RunConfig
 from launch.silence import is_silence, notice_silence
-from launch.supervise import ALONE_SECONDS, POLL_SECONDS, Ending, Place, Signals, say, supervise
+from launch.supervise import ALONE_SECONDS, POLL_SECONDS, Ending, Place, Signals, say, supervise, way_on
 from launch.topology import Machine, World, world_to_be
 
 REACH_SECONDS = 600.0
@@ -148,8 +148,7 @@ def lead(plan: Plan, folder: Path, address: Address) -> Ending:
     """
     interface = plan.config.cluster.network_interface
     hosts = hosts_of_this_machine(interface)
-    command = f"shoal resume {{run}} --rdzv {address} (on each machine)"
-    place = Place(hosts if interface else [address.host, *hosts], command=command)
+    place = _place(hosts if interface else [address.host, *hosts], address)
     team = _Team(plan, folder, address)
     try:
         with Signals() as signals:
@@ -159,6 +158,11 @@ def lead(plan: Plan, folder: Path, address: Address) -> Ending:
         return ending
     finally:
         team.close()
+
+
+def _place(hosts: list[str], address: Address) -> Place:
+    """Where ranks are that report to one of these hosts, and whose launchers meet at an address."""
+    return Place(hosts, command=f"shoal resume {{run}} --rdzv {address} (on each machine)")
 
 
 class _Team:
@@ -299,10 +303,12 @@ def follow(plan: Plan, address: Address) -> Ending:
                 if begun := message.get("start"):
                     assert folder is not None, "it was said before"
                     _work(read_plan(folder), folder, line, begun, signals)
+            if line.lost == "silent":  # the run folder may be out of reach as well
+                why = "that host is down, or the network between"
+                return Ending(1, f"{socket.gethostname()}: no answer from {address.host}: {why}")
             if line.lost:
-                how = "no answer from" if line.lost == "silent" else "lost the launcher on"
-                why = ": that host is down, or the network between" if line.lost == "silent" else ""
-                return Ending(1, f"{socket.gethostname()}: {how} {address.host}{why}")
+                then = f"\n{way_on(folder, _place([], address))}" if folder else ""
+                return Ending(1, f"{socket.gethostname()}: lost the launcher on {address.host}{then}")
             if signals.first is not None and folder is None:
                 return Ending(PREEMPTED, "stopped before the run began")
 

@@ -305,7 +305,7 @@ def _nothing_to_save(folder: Path) -> bool:
 def _ending(folder: Path, place: Place, ends: list[End], roll: RollCall | None, signals: Signals) -> Ending:
     """How it ended: done, stopped or failed."""
     if signals.again:
-        return Ending(INTERRUPTED, f"stopped by Ctrl-C without saving; {_way_on(folder, place)}")
+        return Ending(INTERRUPTED, f"stopped by Ctrl-C without saving; {way_on(folder, place)}")
     first = ends[0].code if ends else None
     asked = not ends or ends[0].was_asked
     if asked and (folder / "result.json").is_file():
@@ -336,14 +336,14 @@ def _stopped(folder: Path, place: Place, number: int, stopped: dict[str, Any] | 
     when = f"after update {update}" if update else "before the first update"
     checkpoint = stopped and stopped["checkpoint"]
     if checkpoint:
-        way_on = f"checkpoint {checkpoint}; go on with: {place.go_on(folder)}"
+        then = f"checkpoint {checkpoint}; go on with: {place.go_on(folder)}"
     else:
-        way_on = _way_on(folder, place)
-    return Ending(exit_code(number), f"stopped by {spoken(number)} {when}; {way_on}")
+        then = way_on(folder, place)
+    return Ending(exit_code(number), f"stopped by {spoken(number)} {when}; {then}")
 
 
-def _way_on(folder: Path, place: Place) -> str:
-    """What can be done with a run that has left no new checkpoint."""
+def way_on(folder: Path, place: Place) -> str:
+    """What can be done with a run that has told of no new checkpoint."""
     if saved := saved_updates(folder):
         return f"go on from update {saved} with: {place.go_on(folder)}"
     return f"nothing was saved, the record is in {folder}"

@@ -111,21 +111,27 @@ def test_two_machines_train_together(machines: Machines) -> None:
 @pytest.mark.slurm
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_launcher_that_is_killed_is_told_and_nothing_is_lost(machines: Machines) -> None:
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_launcher_that_is_killed_is_told_and_nothing_is_lost(node: str, machines: Machines) -> None:
     slow = ("recipe_args.seconds_per_batch=0.1", "train.max_steps=400", "eval.at_start=false")
     machines.start("n1", *slow)
     machines.start("n2", *slow)
     machines.until(lambda: len(machines.updates()) >= 3)
-    machines.cluster.run("pkill", "-KILL", "-f", "launch run run.yaml", node="n2")
+    machines.cluster.run("pkill", "-KILL", "-f", "launch run run.yaml", node=node)
     machines.end()
-    assert (machines.done["n1"].returncode, machines.done["n2"].returncode) == (75, -9)
-    told, last = machines.done["n1"].stderr.splitlines()[-2:]
-    assert told == "shoal: the launcher on n2 has ended"
+    other = "n2" if node == "n1" else "n1"
+    assert (machines.done[node].returncode, machines.done[other].returncode) == (-9, 1 if other == "n2" else 75)
+    told, last = machines.done[other].stderr.splitlines()[-2:]
     update, again = len(machines.updates()), f"shoal resume {machines.folder}/run --rdzv n1:29400 (on each machine)"
-    checkpoint = f"checkpoints/step-{update:06d}"
-    assert last == f"shoal: stopped by SIGTERM after update {update}; checkpoint {checkpoint}; go on with: {again}"
-    for node in ("n1", "n2"):
-        assert not machines.cluster.run("pgrep", "-f", "launch.train", node=node).stdout, "no process is left"
+    if other == "n1":
+        assert told == "shoal: the launcher on n2 has ended"
+        saved = f"checkpoint checkpoints/step-{update:06d}; go on"
+        assert last == f"shoal: stopped by SIGTERM after update {update}; {saved} with: {again}"
+    else:
+        assert told == "shoal: n2: lost the launcher on n1"
+        assert last == f"shoal: go on from update {update} with: {again}"
+    for name in ("n1", "n2"):
+        assert not machines.cluster.run("pgrep", "-f", "launch.train", node=name).stdout, "no process is left"
 
 
 @pytest.mark.slurm
