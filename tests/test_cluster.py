@@ -259,7 +259,7 @@ def test_nothing_is_left_of_a_cluster_with_jobs(tmp_path: Path) -> None:
         hosts.wait(lambda: len([job for job in own.jobs() if job["JobState"] == "RUNNING"]) == 2, "two jobs run")
         networks = {int(own.run(*which, node=node).stdout) for node in (None, "n1")}
         assert len(traces(own.folder)) >= 3 and len(networks) == 2 and networks <= network_namespaces()
-    assert client.wait(timeout=5) == -signal.SIGKILL
+    assert client.wait(timeout=20) == -signal.SIGKILL
     assert traces(own.folder) == [] and not networks & network_namespaces()
 
 

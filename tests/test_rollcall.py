@@ -35,7 +35,7 @@ def call() -> Iterator[Callable[[int], RollCall]]:
         each.close()
 
 
-def until(roll: RollCall, what: Callable[[], object], seconds: float = 10) -> None:
+def until(roll: RollCall, what: Callable[[], object], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
