@@ -28,7 +28,7 @@ from launch.plan import Decided, Plan, as_json, decide
 from launch.printing import console_on
 from launch.registry import Recipe, find_run_file
 from launch.sections import RunConfig
-from launch.topology import Machine, World, read_machine, world_to_be
+from launch.topology import Machine, World, read_machine, torch_has_cuda, world_to_be
 from launch.twin import decide_twin
 
 
@@ -180,7 +180,9 @@ def _decide_elsewhere(file: str, overrides: list[str], out: Path | None, on: str
 def _machine_of(there: Devices) -> Machine:
     name, memory = there.kind.name, there.kind.memory_bytes
     if there.on_cpu:
-        return Machine(name, cores=there.number, gpus=0, memory_bytes=memory * there.number)
+        return Machine(
+            name, cores=there.number, gpus=0, memory_bytes=memory * there.number, torch_has_cuda=torch_has_cuda()
+        )
     if there.on_xla:
         return Machine(name, cores=0, gpus=0, tpus=there.number, tpu_name=name)
     return Machine(name, cores=0, gpus=there.number, gpu_name=name, gpu_memory_bytes=memory)

@@ -8,7 +8,7 @@ from launch.errors import ConfigError, TopologyError
 from launch.plan import Plan
 from launch.sections import RunConfig
 from launch.source import Layer, read_run_file
-from launch.topology import Machine, World, config_folder, world_to_be
+from launch.topology import Machine, World, config_folder, torch_has_cuda, world_to_be
 
 
 def profile() -> Layer | None:
@@ -58,6 +58,7 @@ def asked_for(loaded: Loaded) -> tuple[Machine, World]:
         gpu_name=kind.name if kind else "",
         gpu_memory_bytes=kind.memory_bytes if kind else 0,
         memory_bytes=_bytes(cluster.memory),
+        torch_has_cuda=torch_has_cuda(),
     )
     return machine, world_to_be(parallel.nodes, per_node)
 

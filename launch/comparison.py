@@ -32,6 +32,9 @@ HEADROOM = {"cpu": 0.75, "cuda": 0.92, "mps": 0.75, "xla": 0.92}
 LIBRARIES = {"cpu": 415 * 10**6, "cuda": 800 * 10**6, "mps": 0, "xla": 0}
 """Bytes of a process before it has a model: measured of Python with torch and transformers; CUDA's context and NCCL."""
 
+CUDA_BUILD = {"cpu": 355 * 10**6, "cuda": 0, "mps": 0, "xla": 0}
+"""Bytes of main memory more where torch was built for CUDA: what its libraries take though no GPU is used."""
+
 METRIC_LIBRARIES = {"cpu": 150 * 10**6, "cuda": 0, "mps": 0, "xla": 0}
 """Bytes of main memory more in the process that measures: `evaluate`, pandas, SciPy and scikit-learn or the like."""
 
@@ -79,10 +82,12 @@ class Comparison:
         return next(fitting, min(among, key=lambda each: self.needs[each].total))
 
 
-def compare(use: ModelUse, setting: Setting, device: Device, memory_bytes: int | None) -> Comparison | None:
+def compare(
+    use: ModelUse, setting: Setting, device: Device, memory_bytes: int | None, *, cuda_build: bool = False
+) -> Comparison | None:
     """The needs of all strategies that can be; None where the architecture is not known.
 
-    `memory_bytes` is what a process has.
+    `memory_bytes` is what a process has; `cuda_build`: whether its torch was built for CUDA.
     """
     drawn: dict[str, Outline | None] = {}
 
@@ -100,10 +105,11 @@ def compare(use: ModelUse, setting: Setting, device: Device, memory_bytes: int |
             return None
         needs[strategy], checkpointed[strategy] = plain, again
     found = next(each for each in drawn.values() if each)
+    further = METRIC_LIBRARIES[device] * use.metric_libraries + CUDA_BUILD[device] * cuda_build
     return Comparison(
         needs,
         checkpointed,
-        LIBRARIES[device] + (METRIC_LIBRARIES[device] if use.metric_libraries else 0),
+        LIBRARIES[device] + further,
         int(memory_bytes * HEADROOM[device]) if memory_bytes else None,
         found.parameters,
         found.trained,

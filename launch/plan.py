@@ -237,7 +237,7 @@ def make_plan(
         batch = _evaluation_batch(loaded, processes.replicas)
     else:
         batch = _batch(loaded, processes, preview, fits)
-        memory = _memory(config, processes, batch, preview, bucket)
+        memory = _memory(config, processes, batch, preview, bucket, cuda_build=machine.torch_has_cuda)
         if memory and config.parallel.strategy == "auto" and not world.strategy and (world.to_be or not world.launched):
             processes = processes.model_copy(update={"strategy": memory.choose()})
     check_abilities(loaded, processes)
@@ -259,7 +259,13 @@ def make_plan(
 
 
 def _memory(
-    config: RunConfig, processes: Processes, batch: BatchPlan, preview: Preview, bucket: int | None
+    config: RunConfig,
+    processes: Processes,
+    batch: BatchPlan,
+    preview: Preview,
+    bucket: int | None,
+    *,
+    cuda_build: bool,
 ) -> Comparison | None:
     train = config.train
     if preview.model is None:
@@ -276,7 +282,7 @@ def _memory(
         bucket=bucket or BUCKET,
     )
     on_device = processes.gpu_memory_bytes if processes.device in ("cuda", "xla") else processes.memory_bytes
-    return compare(preview.model, setting, processes.device, on_device or None)
+    return compare(preview.model, setting, processes.device, on_device or None, cuda_build=cuda_build)
 
 
 def _batch(loaded: Loaded, processes: Processes, preview: Preview, fits: Fits | None) -> BatchPlan:

@@ -6,6 +6,7 @@ Counts devices without importing torch, because `shoal plan` must answer in a mo
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import platform
 import re
@@ -52,6 +53,8 @@ class Machine:
     """Make of the chips, such as TPU v5e."""
     xla_on_cpu: int = 0
     """XLA devices that PJRT_DEVICE=CPU makes of the CPU; 0 where it is not set so."""
+    torch_has_cuda: bool = False
+    """Whether the torch that is installed was built for CUDA, as pip's is on Linux, with or without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,20 @@ def read_machine() -> Machine:
         tpus=tpus,
         tpu_name=tpu_name,
         xla_on_cpu=xla_on_cpu(os.environ),
+        torch_has_cuda=torch_has_cuda(),
     )
 
 
 def usable_cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def torch_has_cuda() -> bool:
+    """Whether the torch that is installed here was built for CUDA; it is not imported to see that."""
+    spec = importlib.util.find_spec("torch")
+    places = spec.submodule_search_locations if spec else None
+    return any(Path(place, "lib", "libtorch_cuda.so").is_file() for place in places or ())
 
 
 def _cpu_has_bf16(cpus: Path = Path("/proc/cpuinfo")) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.comparison import HEADROOM, LIBRARIES, Comparison, compare, possible
+from launch.comparison import CUDA_BUILD, HEADROOM, LIBRARIES, Comparison, compare, possible
 from launch.devices import kind_of, read_devices
 from launch.errors import ConfigError
 from launch.explain import explain
@@ -203,6 +203,13 @@ def test_strategies_are_those_that_so_many_processes_can_have() -> None:
     assert possible(1, "cuda") == [Strategy.SINGLE]
     assert Strategy.FSDP2_OFFLOAD in possible(2, "cuda")
     assert not any(each.offload for each in possible(2, "cpu"))
+
+
+def test_a_torch_that_was_built_for_cuda_takes_main_memory_without_a_gpu() -> None:
+    plain, larger = (compare(USE, ONE, "cpu", None, cuda_build=built) for built in (False, True))
+    assert plain and larger and larger.libraries - plain.libraries == CUDA_BUILD["cpu"] > 0
+    on_gpu = [compare(USE, replace(ONE, on_cpu=False), "cuda", None, cuda_build=built) for built in (False, True)]
+    assert on_gpu[0] == on_gpu[1] is not None
 
 
 def test_of_an_unknown_architecture_nothing_is_compared() -> None:

@@ -70,4 +70,4 @@ def test_as_many_tests_need_a_cluster_as_there_are() -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "slurm", *files]
     environ = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # such as -v
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
-    assert len([line for line in done.stdout.splitlines() if "::" in line]) == 43
+    assert len([line for line in done.stdout.splitlines() if "::" in line]) == 47

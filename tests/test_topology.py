@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,17 @@ def test_a_cpu_with_units_for_bf16_is_known_by_its_flags(tmp_path: Path, flags: 
     if flags:
         path.write_text(f"processor\t: 0\nmodel name\t: some amx_bf16 name\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
     assert _cpu_has_bf16(path) is known
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_what_torch_was_built_for_is_seen_without_importing_it(
+    built: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "torch/lib/libtorch_cuda.so"
+    library.parent.mkdir(parents=True)
+    (tmp_path / "torch/__init__.py").write_text("raise AssertionError('imported')")
+    if built:
+        library.touch()
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert read_machine().torch_has_cuda == built
