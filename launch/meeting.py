@@ -70,7 +70,7 @@ def answer(announcement: str, rank: int, world_size: int, cpus: int) -> Meeting:
     """Report to the launcher and wait until all ranks have.
 
     Raises:
-        TopologyError: the launcher cannot be reached, or not all ranks have come.
+        TopologyError: the launcher cannot be reached or has gone, or not all ranks have come.
     """
     token, _, places = announcement.partition("@")
     listener = None

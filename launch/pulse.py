@@ -62,7 +62,7 @@ PHASES = (
 
 
 def start_pulse(tell: Callable[[Beat], None], updates_done: Callable[[], int]) -> None:
-    """Tell `tell`, which tells the launcher, from now on, as long as this process lives."""
+    """Give `tell` a beat every `BEAT_SECONDS` from now on, as long as this process lives; it tells the launcher."""
     main = threading.main_thread().ident
     assert main is not None, "it runs"
 
