@@ -105,11 +105,11 @@ def compare(
             return None
         needs[strategy], checkpointed[strategy] = plain, again
     found = next(each for each in drawn.values() if each)
-    further = METRIC_LIBRARIES[device] * use.metric_libraries + CUDA_BUILD[device] * cuda_build
+    libraries = LIBRARIES[device] + CUDA_BUILD[device] * cuda_build + METRIC_LIBRARIES[device] * use.metric_libraries
     return Comparison(
         needs,
         checkpointed,
-        LIBRARIES[device] + further,
+        libraries,
         int(memory_bytes * HEADROOM[device]) if memory_bytes else None,
         found.parameters,
         found.trained,

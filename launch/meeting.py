@@ -39,9 +39,9 @@ class Meeting:
     interface: str | None
     """The network interface by which ranks on other hosts are reached; None where all are on this one."""
     told: int = 0
-    """Beats that were sent."""
+    """Beats that were sent; counted by the thread that sends them alone."""
     answered: int = 0
-    """How many of them the launcher has answered, while it is watched."""
+    """How many of them the launcher has answered; counted by the thread of `watch` alone."""
 
     def tell(self, beat: Beat) -> None:
         """Send the launcher a beat, unless it has many to hear yet."""

@@ -86,6 +86,11 @@ def is_here(address: Address) -> bool:
     return bool(found & own) or any(each.startswith("127.") for each in found)
 
 
+def _place(hosts: list[str], address: Address) -> Place:
+    """Where ranks are that report to one of these hosts, and whose launchers meet at an address."""
+    return Place(hosts, command=f"shoal resume {{run}} --rdzv {address} (on each machine)")
+
+
 # --- lines between launchers -----------------------------------------------------------------------------
 
 
@@ -158,11 +163,6 @@ def lead(plan: Plan, folder: Path, address: Address) -> Ending:
         return ending
     finally:
         team.close()
-
-
-def _place(hosts: list[str], address: Address) -> Place:
-    """Where ranks are that report to one of these hosts, and whose launchers meet at an address."""
-    return Place(hosts, command=f"shoal resume {{run}} --rdzv {address} (on each machine)")
 
 
 class _Team:

@@ -124,7 +124,7 @@ def supervise(
             if saved > before:
                 fruitless = 0
             if fruitless == allowed:
-                return _crashed(place.go_on(folder), ending, fruitless + 1, saved)
+                return _crashed(folder, place, ending, fruitless + 1, saved)
             fruitless += 1
             pause = min(2.0 ** (fruitless - 1), LONGEST_PAUSE_SECONDS)
             say(f"{_first_line(ending)}; restart {fruitless} of {allowed} from update {saved} in {pause:g} s")
@@ -139,13 +139,13 @@ def saved_updates(folder: Path) -> int:
     return update_of(checkpoint) if checkpoint else 0
 
 
-def _crashed(command: str, ending: Ending, times: int, saved: int) -> Ending:
+def _crashed(folder: Path, place: Place, ending: Ending, times: int, saved: int) -> Ending:
     """A crash after which the workers are not started again, and what the user can do then."""
     lines = [ending.message]
     if times > 1:
         lines.append(f"crashed {times} times after update {saved} without a newer checkpoint")
     if saved:
-        lines.append(f"go on from update {saved} with: {command}")
+        lines.append(way_on(folder, place))
     return replace(ending, message="\n".join(lines))
 
 

@@ -285,7 +285,7 @@ def test_who_waited_for_a_builder_that_is_killed_says_so_and_takes_over(
         cache = Cache(tmp_path, note_and_kill)
         began = time.monotonic()
         folder = cache.folder("tokens", KEY, writes("whole"))
-        assert time.monotonic() - began < 20, "not the half minute that its child sleeps"
+        assert time.monotonic() - began < 5
     assert [path.name for path in folder.iterdir()] == ["data.txt"]
     assert cache.folders == {folder: True}
     assert said == [f"waiting for another process (pid {builder.pid}, {socket.gethostname()}) to prepare {folder}"]

@@ -96,7 +96,7 @@ def test_ctrl_c_ends_everything_at_once(run_file: Path, tmp_path: Path) -> None:
         pressed = time.monotonic()
         chaos.signal(signal.SIGINT)
         assert chaos.end() == 130
-        assert time.monotonic() - pressed < 30
+        assert time.monotonic() - pressed < 10
         assert alive(started) == []
         assert chaos.said().splitlines()[-1] == f"shoal: stopped by Ctrl-C; runs: {out}"
     report = json.loads((out / "chaos.json").read_text())

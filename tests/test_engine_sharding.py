@@ -713,7 +713,7 @@ def test_a_rank_waits_for_another_as_long_as_is_said_and_then_gives_up(
     )
     assert error
     assert updates == 1, "half the time is not too long"
-    assert PATIENCE <= seconds < late, error
+    assert PATIENCE <= seconds < (2 * PATIENCE if longest == PATIENCE else late), error
 
 
 def waits_less_later() -> list[tuple[float, bool]]:
@@ -758,7 +758,7 @@ def test_ranks_wait_less_after_the_first_update_but_for_what_one_may_do_alone() 
     (*patient, first, second), _ = run_ranks(2, waits_less_later, timeout_seconds=60)
     assert [came for _, came in patient] == [True] * 4
     assert [came for _, came in (first, second)] == [False] * 2, "all groups wait less"
-    assert 1.0 <= first[0] < 2.0 and 1.0 <= second[0] < 2.0, "before the other one came"
+    assert 1.0 <= first[0] < 1.8 and 1.0 <= second[0] < 1.8
 
 
 @pytest.mark.dist
@@ -766,4 +766,4 @@ def test_ranks_wait_less_after_the_first_update_but_for_what_one_may_do_alone() 
 def test_so_does_the_world_that_accelerate_and_deepspeed_make(strategy: str, tmp_path: Path) -> None:
     (seconds, error), _ = run_ranks(2, waits_in_the_world, strategy, str(tmp_path), timeout_seconds=60)
     assert error
-    assert PATIENCE <= seconds < 2.5 * PATIENCE, error
+    assert PATIENCE <= seconds < 2 * PATIENCE, error

@@ -273,7 +273,7 @@ def test_an_unknown_name_is_told_all_ways_within_seconds(monkeypatch: pytest.Mon
         start = time.perf_counter()
         with pytest.raises(ConfigError) as caught:
             check(["f1", "acuracy"], "recipe_args.metrics")
-        assert time.perf_counter() - start < 15, "evaluate tries for half a minute"
+        assert time.perf_counter() - start < 3
         message = str(caught.value)
         assert message.startswith(
             "recipe_args.metrics: acuracy: no such metric; did you mean accuracy? ours: accuracy,"

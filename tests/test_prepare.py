@@ -235,7 +235,7 @@ def test_a_crash_reaches_the_other_node_too(place: Place, refused: bool) -> None
     place.wait_for(lambda: len(place.lines()) == 16, 120)
     began = time.monotonic()
     said = [node.communicate(timeout=60) for node in nodes]
-    assert time.monotonic() - began < 20, "long before an exchange would give up"
+    assert time.monotonic() - began < 5
     assert all(node.returncode for node in nodes)
     if refused:  # a message for the user is told by rank 0 alone
         assert [stderr.count("shoal: sample 15: is not to be had") for _, stderr in said].count(1) == 1
