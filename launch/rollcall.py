@@ -63,10 +63,14 @@ class _Caller:
     connection: socket.socket
     text: bytes = b""
     answer: Answer | None = None
+    told: bool = False
+    """Whether it has been told how the roll call ended."""
 
 
 class RollCall:
     """Calls the roll of `world_size` ranks; `look` does what is to do and never waits.
+
+    Every rank that answers is told how it ended, also one that comes after the others were told why they cannot meet.
 
     `hosts` are the names and addresses to announce; the loopback alone where all ranks are on this host. `nodes` are
     the names of those on which the ranks are expected, the same number on each.
@@ -74,7 +78,7 @@ class RollCall:
 
     def __init__(self, world_size: int, hosts: list[str], nodes: list[str] | None = None) -> None:
         self.problem: str | None = None
-        """Why the ranks cannot meet."""
+        """Why the ranks cannot meet; what was found first."""
         self.gone: list[Gone] = []
         """Ranks that have gone after they had met, in order."""
         self.heard: dict[int, Heard] = {}
@@ -109,7 +113,7 @@ class RollCall:
         self._selector.close()
 
     def look(self) -> None:
-        """Hear who has something to say; once all ranks have answered, tell them where they meet."""
+        """Hear who has something to say; tell ranks where they meet once all have answered, or why they cannot."""
         for key, _ in self._selector.select(timeout=0):
             if key.fileobj is self._listener:
                 self._accept()
@@ -117,6 +121,8 @@ class RollCall:
                 self._hear(key.data)
         if not self.met and self.problem is None:
             self._conclude()
+        if self.problem is not None:
+            self._tell({"problem": self.problem})
 
     def _accept(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -150,16 +156,20 @@ class RollCall:
             self._drop(caller)  # nobody of ours
             return
         caller.answer, self._last_answer = answer, time.monotonic()
-        if other := self._callers.get(answer.rank):
-            assert other.answer is not None, "it has answered"
-            self.problem = f"both {other.answer.host} and {answer.host} say that they are rank {answer.rank}"
-        elif answer.world_size != self._world_size:
-            self.problem = (
+        caller.text = b""
+        self.problem = self.problem or self._misfit(answer)
+        self._callers.setdefault(answer.rank, caller)
+
+    def _misfit(self, answer: Answer) -> str | None:
+        """What is wrong with a rank that has just answered."""
+        if answer.rank in self._callers:
+            return f"both {self._answer_of(answer.rank).host} and {answer.host} say that they are rank {answer.rank}"
+        if answer.world_size != self._world_size:
+            return (
                 f"rank {answer.rank} ({answer.host}) was started in a world of {answer.world_size}, but the plan says "
                 f"{self._world_size}"
             )
-        caller.text = b""
-        self._callers[answer.rank] = caller
+        return None
 
     def _note(self, caller: _Caller, answer: Answer) -> None:
         """Keep the last beat of a rank, and answer each."""
@@ -226,15 +236,14 @@ class RollCall:
             return str(rank)
         return f"{rank} ({self._nodes[rank * len(self._nodes) // self._world_size]})"
 
-    def refuse(self) -> None:
-        """Tell the ranks that wait about the problem."""
-        self._tell({"problem": self.problem})
-
     def _tell(self, content: dict[str, Any]) -> None:
+        """Tell the ranks that wait."""
         line = json.dumps(content).encode() + b"\n"
-        for caller in self._callers.values():
-            with contextlib.suppress(OSError):  # one that has just gone is noticed when it is heard
-                caller.connection.send(line)
+        for caller in [key.data for key in self._selector.get_map().values() if key.data]:
+            if caller.answer and not caller.told:
+                caller.told = True
+                with contextlib.suppress(OSError):  # one that has just gone is noticed when it is heard
+                    caller.connection.send(line)
 
 
 def _ends(connection: socket.socket) -> tuple[Any, Any]:

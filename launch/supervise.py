@@ -256,8 +256,6 @@ def _watch(ranks: Ranks, roll: RollCall | None, folder: Path, plan: Plan, signal
         if roll and roll.met and not compared:
             compared = True
             _compare_cpus(roll, plan.processes.threads)
-        if roll and roll.problem and not alone_since:
-            roll.refuse()
         alone = ranks.ends or _nothing_to_save(folder) or (roll and (roll.problem or _silent(roll)))
         if signals.first is not None:
             ranks.tell(signals.first)
