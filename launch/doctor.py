@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
 from launch import slurm
 from launch.assets import code_root
 from launch.disk import size_in_words
+from launch.errors import TopologyError
 from launch.plan import python_environment
 from launch.rollcall import LOOPBACK, RollCall
 from launch.topology import (
@@ -37,6 +39,7 @@ from launch.topology import (
     world_variables,
 )
 from launch.versions import TORCH_XLA
+from launch.weights_and_biases import end_service, general_settings
 
 State = Literal["good", "warning", "bad", "skipped"]
 
@@ -292,12 +295,21 @@ def tracker() -> Finding:
     """Whether Weights & Biases can be reached, and whether it knows us."""
     if importlib.util.find_spec("wandb") is None:
         return Finding("Weights & Biases", "skipped", "not installed")
-    if not tracker_is_known():
-        fix = "`wandb login`, where it is wanted"
-        return Finding("Weights & Biases", "skipped", "no key (WANDB_API_KEY or ~/.netrc)", fix)
     try:
-        socket.create_connection(("api.wandb.ai", 443), timeout=3).close()
+        general = general_settings()
+    except TopologyError as error:
+        return Finding("Weights & Biases", "warning", str(error), "correct what is set, or unset it")
+    end_service()
+    if general.limit:
+        return Finding("Weights & Biases", "skipped", general.limited)
+    server = urlsplit(general.server)
+    if not tracker_is_known(server.netloc):
+        fix = "`wandb login`, where it is wanted"
+        return Finding("Weights & Biases", "skipped", f"no key for {server.netloc} (WANDB_API_KEY or ~/.netrc)", fix)
+    port = server.port or (80 if server.scheme == "http" else 443)
+    try:
+        socket.create_connection((str(server.hostname), port), timeout=3).close()
     except OSError as error:
         fix = "use track.wandb=offline, and `shoal sync RUN` later"
-        return Finding("Weights & Biases", "warning", f"api.wandb.ai: {error.strerror or error}", fix)
-    return Finding("Weights & Biases", "good", "a key is there, and api.wandb.ai answers")
+        return Finding("Weights & Biases", "warning", f"{server.netloc}: {error.strerror or error}", fix)
+    return Finding("Weights & Biases", "good", f"a key is there, and {server.netloc} answers")

@@ -6,7 +6,8 @@ from launch.comparison import TAKEN_BY_AUTO
 from launch.disk import size_in_words
 from launch.needs import LENGTH, SAVING, Line, disk_lines, work_lines
 from launch.plan import Length, Plan
-from launch.sections import RunConfig, SaveSection, TrainSection
+from launch.sections import RunConfig, SaveSection, TrackSection, TrainSection
+from launch.trackers import SPOKEN, trackers
 
 DEVICES = ("parallel.device", "parallel.devices", "parallel.nodes")
 EXTRAS = ("parallel.strategy", "train.optimizer", "train.activation_checkpointing", "train.compile")
@@ -16,6 +17,7 @@ BY_LENGTH = {
 }
 END_TO_END = "where the model's blocks can compute them so: no padding is, and the result is the same"
 BATCH = ("train.global_batch_size", "train.micro_batch_size")
+TRACKING = ("track.wandb", "track.also", "track.project", "track.entity", "track.artifacts")
 RATES = ("train.learning_rate", "train.schedule", "train.warmup_ratio", "train.warmup_steps")
 
 
@@ -64,8 +66,17 @@ def explain(plan: Plan) -> list[Line]:
     lines += work_lines(plan)
     lines.append(Line("checkpoints", *_saving_explained(plan.config.save), SAVING))
     lines += disk_lines(plan)
+    if names := trackers(plan.config.track):
+        lines.append(Line("shown in", *_trackers_explained(plan.config.track, names), TRACKING))
     lines.append(Line("run folder", plan.run_folder))
     return lines
+
+
+def _trackers_explained(track: TrackSection, names: list[str]) -> tuple[str, str]:
+    spoken = [f"{SPOKEN[name]} ({track.wandb})" if name == "wandb" else SPOKEN[name] for name in names]
+    of = f" of {track.entity}" if track.entity and "wandb" in names else ""
+    artifacts = f"; sent too: {' and '.join(track.artifacts)}" if track.artifacts and "wandb" in names else ""
+    return ", ".join(spoken), f"project {track.project}{of}{artifacts}"
 
 
 def _processes_explained(plan: Plan) -> str:

@@ -24,7 +24,7 @@ from typing import NoReturn, Protocol
 
 import psutil
 
-from launch.errors import ConfigError, LaunchError
+from launch.errors import ConfigError, LaunchError, TopologyError
 from launch.history import History, Row
 from launch.processes import below
 from launch.record import is_finished, read_json, write_json
@@ -32,7 +32,7 @@ from launch.recorded import METRICS
 from launch.stop import ignore_signals
 from launch.topology import leave_world
 from launch.trackers import SPOKEN
-from launch.weights_and_biases import UnreachableError, WeightsAndBiases, mark_sent
+from launch.weights_and_biases import UnreachableError, WeightsAndBiases, general_settings, mark_sent
 
 POLL_SECONDS = 1.0
 
@@ -146,7 +146,12 @@ def _way_on(tracker: str) -> str:
 
 
 def _open(arguments: argparse.Namespace) -> Sink:
-    """The tracker, as the run file asks for it."""
+    """The tracker, as the run file asks for it; of Weights & Biases, no more than its own settings allow.
+
+    Raises:
+        UnreachableError: it is to stay offline.
+        TopologyError: it is switched off.
+    """
     run, name = arguments.run, arguments.tracker
     config = read_json(run / "plan.json")["plan"]["config"]
     if name != "wandb":
@@ -154,7 +159,12 @@ def _open(arguments: argparse.Namespace) -> Sink:
 
         noted = run / f"{name}.json"
         return OtherTracker(name, run, config, read_json(noted) or {}, lambda state: write_json(noted, state))
+    general = general_settings()
+    if general.limit == "disabled":
+        raise TopologyError(general.limited)
     online = config["track"]["wandb"] == "online" and not arguments.offline
+    if online and general.limit:
+        raise UnreachableError(general.limited)
     return WeightsAndBiases(run, "online" if online else "offline", arguments.process)
 
 

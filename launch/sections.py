@@ -141,6 +141,8 @@ class TrackSection(Section):
     """Show the same numbers in Weights & Biases (needs the extra `shoal[wandb]`); without a network, offline."""
     project: str = Field("shoal", min_length=1)
     """Name of the project in Weights & Biases and other trackers."""
+    entity: str | None = Field(None, min_length=1)
+    """Team or user in Weights & Biases (a run stays where it was begun); null: that of WANDB_ENTITY, or your own."""
     artifacts: tuple[Literal["checkpoints", "export"], ...] = ()
     """What Weights & Biases gets as artifacts once the run is complete, or by `shoal sync`."""
     also: tuple[Literal["tensorboard", "mlflow", "trackio"], ...] = ()

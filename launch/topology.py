@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import netrc
 import os
 import platform
 import re
@@ -242,14 +243,17 @@ def config_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return (Path(base) if base else Path.home() / ".config") / "shoal"
 
 
-def tracker_is_known(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether there is a key for Weights & Biases; it is not looked at."""
+def tracker_is_known(server: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether there is a key for a server of Weights & Biases (`host` or `host:port`); it is not looked at."""
     if environ.get("WANDB_API_KEY"):
         return True
+    # wandb takes the key of its older server for the newer one too.
+    names = {server, "api.wandb.ai"} if server.endswith((".wandb.ai", ".coreweave.com")) else {server}
     try:
-        return "api.wandb.ai" in (Path.home() / ".netrc").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        known = netrc.netrc(environ.get("NETRC") or Path.home() / ".netrc").hosts
+    except (OSError, netrc.NetrcParseError):
         return False
+    return not names.isdisjoint(known)
 
 
 def hub_is_off(environ: Mapping[str, str] = os.environ) -> bool:

@@ -13,13 +13,17 @@ import shutil
 import traceback
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from launch.checkpoints import listed, outer_damage
 from launch.errors import TopologyError
 from launch.history import Row, tables
 from launch.record import read_json, write_json
+from launch.source import shown
 
 REACH_SECONDS = 5.0
 """How long the server may take to answer at all."""
@@ -28,20 +32,68 @@ INIT_SECONDS = 60.0
 """How long it may take to open the run."""
 
 IDENTITY = "wandb.json"
-"""The id of the run, in its folder."""
+"""The id of the run, and the team or user it was begun under, in its folder."""
 
 
 class UnreachableError(TopologyError):
     """The server of Weights & Biases cannot be used now; the run can be shown offline."""
 
 
-def identity_of(run: Path) -> str:
-    """The id of a run, drawn once; the same after every start."""
-    known = read_json(run / IDENTITY)
+@dataclass(frozen=True)
+class Settings:
+    """What the environment and wandb's own files of settings say for any run."""
+
+    server: str
+    """Its URL."""
+    entity: str | None
+    """A team or user; None: that of the key."""
+    limit: Literal["offline", "disabled"] | None
+    """The most that is allowed where not all is."""
+
+    @property
+    def limited(self) -> str:
+        """Why not all is allowed."""
+        return f"{self.limit} by WANDB_MODE or `wandb {self.limit}`"
+
+
+def general_settings() -> Settings:
+    """Read them, which starts wandb's service.
+
+    Raises:
+        TopologyError: there is one that it does not take.
+    """
+    import wandb
+
+    try:
+        said = wandb.setup(wandb.Settings(silent=True)).settings
+    except ValidationError as error:
+        rules = (
+            f"{'.'.join(map(str, each['loc']))} = {shown(each['input'])}: {each['msg']}" for each in error.errors()
+        )
+        told = "; ".join(rule.replace(": Input should", ": input should") for rule in sorted(rules))
+        raise TopologyError(f"wandb does not take its settings (WANDB_…, or its file): {told}") from None
+    limits: dict[str, Literal["offline", "disabled"]] = {
+        "offline": "offline",
+        "dryrun": "offline",
+        "disabled": "disabled",
+    }
+    return Settings(said.base_url, said.entity, limits.get(said.mode))
+
+
+def end_service() -> None:
+    """End wandb's service, once it has done all; only now it may write the file of an offline run."""
+    import wandb
+
+    wandb.teardown()
+
+
+def identity_of(run: Path) -> dict[str, str]:
+    """The `id` of a run, drawn once, and its `entity` once that is known; the same after every start."""
+    known: dict[str, str] | None = read_json(run / IDENTITY)
     if known is None:
         known = {"id": secrets.token_hex(4)}
         write_json(run / IDENTITY, known)
-    return str(known["id"])
+    return known
 
 
 class WeightsAndBiases:
@@ -59,7 +111,8 @@ class WeightsAndBiases:
         """Whether all rows are sent again at each start; else more may come to the newest one."""
         self._folder, self._process = run, process
         self._record = read_json(run / "plan.json")
-        self._identity = identity_of(run)
+        known = identity_of(run)
+        self._identity = known["id"]
         settings = wandb.Settings(
             console="off",
             silent=True,
@@ -71,13 +124,15 @@ class WeightsAndBiases:
         settings.x_skip_transaction_log = mode == "online"
         if process:
             settings.x_stats_pid = process
-        server = wandb.setup(wandb.Settings(silent=True)).settings.base_url
+        general = general_settings()
+        server = general.server
         if mode == "online":
             _reach(server)
         forget(run, self._identity, ("offline-run-", "run-") if self.starts_over else ("run-",))
         try:
             self._run = wandb.init(
                 project=self._config["track"]["project"],
+                entity=self._config["track"].get("entity") or known.get("entity") or general.entity,
                 name=run.name,
                 dir=str(run),
                 mode=mode,
@@ -93,6 +148,8 @@ class WeightsAndBiases:
             refused = isinstance(error, wandb.errors.AuthenticationError) or "error 401" in told
             why = "refuses the key that it is given; try `wandb login`" if refused else f"does not open the run: {told}"
             raise UnreachableError(f"{server} {why}") from None
+        if self._run.entity and self._run.entity != known.get("entity"):
+            write_json(run / IDENTITY, {**known, "entity": self._run.entity})
         self._run.define_metric("*", step_metric="update")
         self.first = 0 if self.starts_over else int(self._run.starting_step)
         """The first update that is not there yet."""
@@ -142,8 +199,6 @@ class WeightsAndBiases:
         Raises:
             TopologyError: these could not be sent.
         """
-        import wandb
-
         if newest is not None:
             self._run.summary.update({"update": newest.update, **newest.numbers})
         problem = None
@@ -154,7 +209,7 @@ class WeightsAndBiases:
                 traceback.print_exc()
                 problem = f"{type(error).__name__}: {error}".splitlines()[0]
         self._run.finish(exit_code=0 if complete else 1)
-        wandb.teardown()  # waits for its service, which may only now write the file of an offline run
+        end_service()
         if problem:
             raise TopologyError(f"checkpoints or the export could not be sent: {problem}")
 
@@ -189,7 +244,7 @@ def forget(run: Path, identity: str, beginnings: tuple[str, ...]) -> None:
 
 def mark_sent(run: Path) -> None:
     """Have `wandb sync` leave out what lies in the folder of a run that was sent, and drop copies of what was."""
-    identity = identity_of(run)
+    identity = identity_of(run)["id"]
     forget(run, identity, ("run-",))
     for path in run.glob(f"wandb/offline-run-*-{identity}/run-*.wandb"):
         with contextlib.suppress(OSError):

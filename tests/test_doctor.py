@@ -7,8 +7,11 @@ import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
+import wandb
 
 from launch import doctor
 from launch.doctor import Finding, devices, disks, environment, examine, host_name, names, packages, scheduler, tracker
@@ -119,21 +122,40 @@ def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_schedulers_and_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert scheduler().state == "skipped"
     (tmp_path / "srun").write_text("#!/bin/sh\n")
     (tmp_path / "srun").chmod(0o755)
     assert scheduler().state == "warning" and scheduler().found == "only srun"
+    monkeypatch.chdir(tmp_path)  # where `wandb offline` writes its settings, so that no others count
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    known_in(tmp_path, "wandb.lab.example")
     assert tracker().state == "skipped"
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    host = urlsplit(wandb.Settings().base_url).netloc
+    assert tracker().found == f"no key for {host} (WANDB_API_KEY or ~/.netrc)"
 
     def unreachable(*_: object, **__: object) -> None:
         raise OSError(101, "no net")
 
     monkeypatch.setattr(socket, "create_connection", unreachable)
-    found = tracker()
-    assert (found.state, found.found) == ("warning", "api.wandb.ai: no net") and "secret" not in str(found)
+    for name in ("api.wandb.ai", host):
+        known_in(tmp_path, name)
+        found = tracker()
+        assert (found.state, found.found) == ("warning", f"{host}: no net") and "secret" not in str(found)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.lab.example:8443")
+    assert tracker().found == "no key for wandb.lab.example:8443 (WANDB_API_KEY or ~/.netrc)"
+    known_in(tmp_path, "wandb.lab.example:8443")
+    assert tracker().found == "wandb.lab.example:8443: no net"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert (tracker().state, tracker().found) == ("skipped", "disabled by WANDB_MODE or `wandb disabled`")
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    assert tracker().state == "warning" and 'mode = "onlin": must be' in tracker().found
+    assert not psutil.Process().children(), "wandb's service has ended"
+
+
+def known_in(home: Path, host: str) -> None:
+    (home / ".netrc").write_text(f"machine {host} login user password {'secret' * 8}\n")
 
 
 def test_what_is_bad_ends_with_4(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,12 +16,15 @@ from typing import Any
 
 import psutil
 import pytest
+import wandb
 
 from launch.engine.tracking import Tracker
 from launch.errors import ConfigError
+from launch.explain import explain
 from launch.plan import decide
 from launch.processes import alive
-from launch.record import create_run_folder, write_json
+from launch.record import create_run_folder, read_plan, write_json
+from launch.source import shown
 from launch.topology import World
 from tests.commands import ROOT, shoal
 from tests.processes import launched
@@ -211,7 +214,7 @@ def black_hole() -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trouble", ["silent", "wrong key", "no key"])
+@pytest.mark.parametrize("trouble", ["silent", "wrong key", "no key", "WANDB_MODE", "wandb offline"])
 def test_without_a_server_the_run_goes_on_offline_with_one_line(
     trouble: str, tmp_path: Path, said: list[str], server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +225,8 @@ def test_without_a_server_the_run_goes_on_offline_with_one_line(
     with contextlib.ExitStack() as stack:
         if trouble == "silent":
             url = stack.enter_context(black_hole())
+        elif trouble in ("WANDB_MODE", "wandb offline"):
+            told_to_stay(trouble, "offline", tmp_path, monkeypatch)
         elif trouble == "wrong key":
             server.key = "another"
         else:
@@ -235,12 +240,68 @@ def test_without_a_server_the_run_goes_on_offline_with_one_line(
         "silent": f"cannot reach {url}: no answer",
         "wrong key": f"{url} refuses the key that it is given; try `wandb login`",
         "no key": "No API key configured",
+        "WANDB_MODE": "offline by WANDB_MODE or `wandb offline`",
+        "wandb offline": "offline by WANDB_MODE or `wandb offline`",
     }[trouble]
     (line,) = said
     assert line.startswith(f"{NAME}: {expected}")
     assert line.endswith("; the run goes on offline, and `shoal sync RUN` sends it later")
     assert [row["update"] for row in rows(run)] == [*range(1, 51)]
     assert server.lines == {} and services() == []
+
+
+def told_to_stay(how: str, mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "WANDB_MODE":
+        monkeypatch.setenv(how, mode)
+    else:
+        monkeypatch.chdir(folder)
+        subprocess.run([str(Path(sys.executable).with_name("wandb")), mode], check=True, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["WANDB_MODE", "wandb disabled"])
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_where_it_is_disabled_nothing_is_kept_or_sent(
+    how: str, mode: str, tmp_path: Path, said: list[str], server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(tmp_path, f"track.wandb={mode}")
+    told_to_stay(how, "disabled", tmp_path, monkeypatch)
+    tracker = Tracker(run, {}, ["wandb"], said.append)
+    tracker.write("train", 1, loss=1)
+    tracker.close(60)
+    assert said == [f"{NAME}: disabled by WANDB_MODE or `wandb disabled`; `shoal sync RUN` sends what is missing"]
+    assert server.asked == [] and not (run / "wandb").exists() and services() == []
+
+
+def test_settings_that_it_does_not_take_are_told_in_a_line(tmp_path: Path) -> None:
+    begin(tmp_path)
+    done = shoal(tmp_path, "sync", "run", WANDB_MODE="onlin")
+    assert done.returncode == 4
+    assert done.stderr == (
+        'shoal: wandb does not take its settings (WANDB_…, or its file): mode = "onlin": must be '
+        "'online', 'offline', 'shared', 'disabled', 'dryrun' or 'run'\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_run_stays_with_the_team_under_which_it_was_begun(
+    tmp_path: Path, said: list[str], server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, entity, expected in (
+        ("stated", "track.entity=school", "school"),
+        ("told", "", "shoal"),
+        ("own", "", ""),
+    ):
+        (tmp_path / folder).mkdir()
+        run = begin(tmp_path / folder, "track.wandb=online", *([entity] if entity else []))
+        server.entities.clear()
+        for who in (None if folder == "own" else "shoal", "others"):
+            monkeypatch.setenv("WANDB_ENTITY", who) if who else monkeypatch.delenv("WANDB_ENTITY", raising=False)
+            tracker = Tracker(run, {}, ["wandb"], said.append)
+            tracker.write("train", 1, loss=1)
+            tracker.close(60)
+        assert [*dict.fromkeys(server.entities)] == ([expected] if expected else [None, "fish"]), folder
+    assert said == []
 
 
 @pytest.mark.slow
@@ -404,10 +465,10 @@ def test_two_ranks_that_are_stopped_and_resumed_without_a_network(tmp_path: Path
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "OMP_NUM_THREADS": "1"}
     run = tmp_path / "run"
     with launched(tmp_path, "launch", "run", "run.yaml", "--out", "run", **environment) as launcher:
-        launcher.until(lambda: NAME in launcher.said() and '"update": 7' in (run / "metrics.jsonl").read_text())
+        launcher.until(lambda: f"{NAME}: " in launcher.said() and '"update": 7' in (run / "metrics.jsonl").read_text())
         launcher.signal(signal.SIGTERM, "all processes")  # wandb's service too
         assert launcher.end() == 75, launcher.said()
-        told = [line for line in launcher.said().splitlines() if NAME in line]
+        told = [line for line in launcher.said().splitlines() if line.startswith(f"{NAME}: ")]
         assert told == [
             f"{NAME}: cannot reach http://127.0.0.1:9: Connection refused; the run goes on offline, and "
             "`shoal sync RUN` sends it later"
@@ -415,13 +476,37 @@ def test_two_ranks_that_are_stopped_and_resumed_without_a_network(tmp_path: Path
     first = identity(run)
     done = shoal(tmp_path, "resume", "run", "track.wandb=offline", **environment)
     assert done.returncode == 0, done.stderr
-    assert NAME not in done.stderr and identity(run) == first
+    assert f"{NAME}: " not in done.stdout + done.stderr and identity(run) == first
     assert [row["update"] for row in rows(run)] == [*range(25)]
     assert [row["update"] for row in rows(run) if "eval/loss" in row] == [0, 10, 20, 24]
     assert len(list((run / "logs").glob("wandb*.log"))) == 1, "one process, beside rank 0"
 
 
 # --- before anything starts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["school/sardines", "a:b", "x" * 129])
+def test_a_project_that_it_would_not_take_is_told_when_the_run_is_planned(name: str, tmp_path: Path) -> None:
+    with pytest.raises(wandb.errors.UsageError):
+        wandb.Settings(project=name)
+    with pytest.raises(ConfigError) as caught:
+        begin(tmp_path, f"track.project='{name}'", "track.wandb=offline")
+    assert str(caught.value) == (
+        f"command line: track.project = {shown(name)}: for Weights & Biases it has at most 128 characters, none of "
+        "them / \\ # ? % or :; a team is stated by track.entity"
+    )
+    begin(tmp_path, f"track.project='{name}'", "track.also=[tensorboard]")
+
+
+def test_the_plan_says_where_a_run_is_shown(tmp_path: Path) -> None:
+    run = begin(
+        tmp_path, "track.wandb=online", "track.also=[tensorboard]", "track.entity=school", "track.artifacts=[export]"
+    )
+    (line,) = [line for line in explain(read_plan(run)) if line.name == "shown in"]
+    assert (line.value, line.because) == (
+        "Weights & Biases (online), TensorBoard",
+        "project sardines of school; sent too: export",
+    )
 
 
 def test_a_package_that_is_missing_is_told_when_the_run_is_planned(

@@ -24,6 +24,8 @@ class WandbServer:
         """The history of each run."""
         self.configs: dict[str, dict[str, Any]] = {}
         self.summaries: dict[str, dict[str, Any]] = {}
+        self.entities: list[str | None] = []
+        """Under whom a run was opened, each time; None: under the owner of the key."""
         self.exit_codes: list[int] = []
         """How runs were closed."""
         self.asked: list[str] = []
@@ -71,7 +73,7 @@ class WandbServer:
     def _RunResumeStatus(self, given: dict[str, Any]) -> dict[str, Any]:
         run = given["name"]
         if run not in self.lines:
-            return {"model": {"id": "p", "name": given["project"], "entity": _ENTITY, "bucket": None}}
+            return {"model": {"id": "p", "name": given["project"], "entity": _owner(given), "bucket": None}}
         lines = self.lines[run]
         config = {name: {"value": value} for name, value in self.configs.get(run, {}).items()}
         bucket = {
@@ -88,7 +90,7 @@ class WandbServer:
             "tags": [],
             "wandbConfig": json.dumps({"t": 1}),  # the run has really begun
         }
-        return {"model": {"id": "p", "name": given["project"], "entity": _ENTITY, "bucket": bucket}}
+        return {"model": {"id": "p", "name": given["project"], "entity": _owner(given), "bucket": bucket}}
 
     def _UpsertBucket(self, given: dict[str, Any]) -> dict[str, Any]:
         run = given["name"]
@@ -96,7 +98,8 @@ class WandbServer:
         self.lines.setdefault(run, [])
         if given.get("config"):
             self.configs[run] = {name: each["value"] for name, each in json.loads(given["config"]).items()}
-        project = {"id": "p", "name": given["project"], "entity": _ENTITY}
+        self.entities.append(given["entity"])
+        project = {"id": "p", "name": given["project"], "entity": _owner(given)}
         bucket = {"id": run, "name": run, "displayName": given.get("displayName") or run, "project": project}
         return {"upsertBucket": {"bucket": {**bucket, "historyLineCount": len(self.lines[run])}, "inserted": inserted}}
 
@@ -130,7 +133,9 @@ class WandbServer:
                 self.exit_codes.append(sent["exitcode"])
 
 
-_ENTITY = {"id": "e", "name": "fish"}
+def _owner(given: dict[str, Any]) -> dict[str, str]:
+    """Whose project it is: that of the key's owner, unless another is asked for."""
+    return {"id": "e", "name": given["entity"] or "fish"}
 
 
 def _name(asked: dict[str, Any]) -> str:
