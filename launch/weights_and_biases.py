@@ -67,10 +67,9 @@ def general_settings() -> Settings:
     try:
         said = wandb.setup(wandb.Settings(silent=True)).settings
     except ValidationError as error:
-        rules = (
-            f"{'.'.join(map(str, each['loc']))} = {shown(each['input'])}: {each['msg']}" for each in error.errors()
-        )
-        told = "; ".join(rule.replace(": Input should", ": input should") for rule in sorted(rules))
+        first = error.errors()[0]
+        rule = f"{'.'.join(map(str, first['loc']))} = {shown(first['input'])}: {first['msg']}"
+        told = rule.replace(": Input should be", ": must be")
         raise TopologyError(f"wandb does not take its settings (WANDB_…, or its file): {told}") from None
     limits: dict[str, Literal["offline", "disabled"]] = {
         "offline": "offline",
