@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,10 @@ class StopSignal(BaseException):
         self.number = number
 
 
+LOST_SECONDS = 0.02
+"""How soon a signal is sent again whose exception could not be raised: what Python was in has ended by then."""
+
+
 class StopRequest:
     """Whether this process was asked to stop. While there is nothing to save yet, that ends it at once."""
 
@@ -45,6 +50,8 @@ class StopRequest:
         """Receive the signals from now on. In the main thread."""
         self._process = os.getpid()
         _keep_while_forking()
+        self._unraisable = sys.unraisablehook
+        sys.unraisablehook = self._take_back
         for number in receivable():
             signal.signal(number, self._receive)
 
@@ -58,6 +65,20 @@ class StopRequest:
             self.number = number
             if self.immediate:
                 raise StopSignal(number)
+
+    def _take_back(self, lost: sys.UnraisableHookArgs) -> None:
+        """Have a signal arrive once more that came where Python only prints what is raised.
+
+        So it does in what it calls around a fork (`os.register_at_fork`), in `__del__` and in callbacks of weakref.
+        """
+        if not isinstance(lost.exc_value, StopSignal):
+            self._unraisable(lost)
+            return
+        self.number = None
+        with contextlib.suppress(RuntimeError):  # Python is ending, and starts no thread any more
+            again = threading.Timer(LOST_SECONDS, os.kill, (self._process, lost.exc_value.number))
+            again.daemon = True
+            again.start()
 
 
 @functools.cache

@@ -152,6 +152,7 @@ def test_srun_alone_starts_ranks_that_find_each_other(site: Site, alone: list[di
 
 
 SLOW = ("recipe_args.seconds_per_batch=0.1", "train.max_steps=60", "eval.at_start=false")
+NOT_TO_THE_END = (*SLOW, "train.max_steps=600")
 
 
 def test_a_run_that_is_interrupted_four_times_ends_with_the_same_weights(site: Site) -> None:
@@ -205,7 +206,7 @@ def test_a_preempted_job_that_has_time_saves_and_is_queued_again(slurm: None, tm
     """SLURM tells its tasks alone then, not the batch script, and lets the job end before it would queue it again."""
     with Cluster(grace=120) as cluster:
         site = Site(cluster, tmp_path)
-        job = site.submit(*TWO_BY_TWO, *SLOW, "--out", "run")
+        job = site.submit(*TWO_BY_TWO, *NOT_TO_THE_END, "--out", "run")
         site.until(site.has_done(3))
         cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         site.until(lambda: f"job {job} is queued again" in site.log(), 60)
@@ -216,7 +217,7 @@ def test_a_preempted_job_that_has_time_saves_and_is_queued_again(slurm: None, tm
 
 
 def test_a_job_that_is_cancelled_is_not_queued_again_and_goes_on_when_it_is_submitted(site: Site) -> None:
-    job = site.submit(*TWO_BY_TWO, *SLOW, "--out", "run")
+    job = site.submit(*TWO_BY_TWO, *NOT_TO_THE_END, "--out", "run")
     site.until(site.has_done(3))
     refused = shoal(site.folder, "submit", "run", **site.cluster.environment())
     assert refused.returncode == 5

@@ -359,7 +359,7 @@ def test_no_process_outlives_the_one_that_prepares(tmp_path: Path, context: Reci
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         (tmp_path / f"pid-{os.getpid()}").touch()
-        time.sleep(0.05)
+        time.sleep(0.5)  # eighty batches in two processes: twenty seconds, unless the signal ends them
         return upper(batch)
 
     def prepare() -> None:

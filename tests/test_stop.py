@@ -74,6 +74,47 @@ except StopSignal as stopped:
     assert said_by(program) == "SIGTERM True"
 
 
+LOSING = {
+    "before a fork": "os.register_at_fork(before=arrives); child = os.fork()",
+    "after a fork": "os.register_at_fork(after_in_parent=arrives); child = os.fork()",
+    "a finalizer": "Fish = type('Fish', (), {'__del__': lambda fish: arrives()}); Fish()",
+    "a weak reference": "fish = set(); watched = weakref.ref(fish, lambda gone: arrives()); del fish",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("where", LOSING)
+def test_a_signal_that_arrives_where_nothing_can_be_raised_ends_a_preparation_all_the_same(
+    where: str, number: signal.Signals
+) -> None:
+    program = f"""
+import weakref
+def arrives():
+    os.kill(os.getpid(), {number})
+    print("was not raised")
+child = None
+try:
+    {LOSING[where]}
+    if child == 0:
+        os._exit(0)
+    time.sleep(10)
+except StopSignal as stopped:
+    print(stopped.number == stop.number == {number})
+"""
+    assert said_by(program) == "True"
+
+
+def test_whatever_else_could_not_be_raised_is_told_as_ever() -> None:
+    program = """
+told = []
+sys.unraisablehook = told.append
+StopRequest().install()
+type('Fish', (), {'__del__': lambda fish: 1 / 0})()
+print([type(each.exc_value).__name__ for each in told])
+"""
+    assert said_by(program) == "['ZeroDivisionError']"
+
+
 def test_an_error_that_no_signal_is_behind_stays_as_it_is() -> None:
     first, second = ValueError("first"), KeyError("second")
     second.__cause__ = first
