@@ -160,14 +160,21 @@ def _in_processes(made: Callable[[int], Any], count: int, processes: int) -> Gen
                 ends.append(reading)
                 numbers = range(first, count, processes)
                 workers.append(forking.Process(target=_work, args=(made, numbers, writing, tuple(ends)), daemon=True))
-                workers[-1].start()
+                try:
+                    workers[-1].start()
+                except OSError as error:  # a fork asks for as much memory as this process has
+                    raise RuntimeError(
+                        f"cannot start process {first + 1} of {processes} to prepare data: {error.strerror}; "
+                        "recipe_args.preparation_processes=1 needs the least memory"
+                    ) from None
                 writing.close()
         for number in range(count):
             yield _received(ends[number % processes], workers[number % processes])
     finally:
-        for worker in workers:
+        started = [worker for worker in workers if worker.pid is not None]
+        for worker in started:
             worker.kill()  # it holds nothing that could be left half done
-        for worker in workers:
+        for worker in started:
             worker.join()
         for end in ends:
             end.close()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
 import multiprocessing
@@ -344,6 +345,28 @@ def test_what_goes_wrong_in_a_process_arrives_as_it_is(context: RecipeContext, e
     with pytest.raises(expected) as caught:
         encode_rows(splits, context, "bad", encode, None, 3)
     assert str(caught.value) == str(error) if expected is type(error) else "has ended with -9" in str(caught.value)
+    left = {*psutil.Process().children()} - before
+    assert not [each for each in left if each.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_process_that_cannot_be_started_is_told_and_those_before_it_are_ended(
+    context: RecipeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = load_rows(RowArgs(), context, COLUMNS, embedded_rows(1000))
+    before, fork, forks = {*psutil.Process().children()}, os.fork, iter((True, False))
+
+    def forked() -> int:
+        if next(forks):
+            return fork()
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(os, "fork", forked)
+    with pytest.raises(RuntimeError) as caught:
+        encode_rows(splits, context, "slow", upper, None, 2)
+    assert str(caught.value) == (
+        "cannot start process 2 of 2 to prepare data: Cannot allocate memory; recipe_args.preparation_processes=1 "
+        "needs the least memory"
+    )
     left = {*psutil.Process().children()} - before
     assert not [each for each in left if each.status() != psutil.STATUS_ZOMBIE]
 
