@@ -6,7 +6,7 @@ accelerate.yaml starts the same workers by plain `accelerate launch`
 plan.json       the plan, and where it was made: versions, git commit, environment (without secrets)
 logs/           rank-N.log, one per process
 metrics.jsonl   one object a line
-wandb.json      the id of the run in Weights & Biases; wandb/: the run, where it was offline
+wandb.json      id and team of the run in Weights & Biases; wandb/: the run, where it was offline
 tensorboard/    event files; mlflow.json, trackio.json: how far the run was sent there
 checkpoints/    step-000100/ …
 report.html     the page about it, by the launcher
