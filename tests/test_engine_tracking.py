@@ -1,8 +1,10 @@
-"""Where numbers go: metrics.jsonl always, and TensorBoard as its own package reads it back."""
+"""Where numbers go: metrics.jsonl always, and TensorBoard, MLflow and Trackio as their own packages read them back."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from launch.engine.tracking import Tracker
+from launch.record import write_json
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -92,3 +95,51 @@ def test_tensorboard_shows_each_update_once_also_after_a_kill(tmp_path: Path, mo
     assert said == []
     (stored,) = (tmp_path / "tensorboard").glob("*/hparams.yml")
     assert "train.max_steps: 4" in stored.read_text()
+
+
+READ_BY_ITSELF = {
+    "mlflow": """
+from mlflow.tracking import MlflowClient
+client = MlflowClient()
+(experiment,) = client.search_experiments(filter_string="name = 'sardines'")
+runs = client.search_runs([experiment.experiment_id])
+found = [[[each.step, each.value] for each in client.get_metric_history(run.info.run_id, key)] for run in runs]
+settings = [run.data.params["train.max_steps"] for run in runs]
+""",
+    "trackio": """
+from trackio import SQLiteStorage
+runs = SQLiteStorage.get_runs("sardines")
+found = [[[row["step"], row[key]] for row in SQLiteStorage.get_logs("sardines", run) if key in row] for run in runs]
+settings = [str(SQLiteStorage.get_run_config("sardines", run)["train.max_steps"]) for run in runs]
+""",
+}
+"""What the runs of a project hold of `key`, by the tracker's own library."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READ_BY_ITSELF)
+def test_a_tracker_elsewhere_has_one_run_and_each_update_once_however_often_it_is_followed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "stored"))
+    config = {"train": {"max_steps": 4, "epochs": None}, "track": {"project": "sardines", "also": [name]}}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "plan.json").write_text(json.dumps({"plan": {"config": config}}))
+    said: list[str] = []
+    state: dict[str, Any] = {}
+    for updates in ((1, 2), (3,), (4,)):
+        tracker = Tracker(run, state, [name], said.append)
+        for update in updates:
+            tracker.write("train", update, loss=update / 4)
+        state = tracker.state()
+        if updates == (4,):
+            write_json(run / "result.json", {})  # before, the newest row is kept back: more may come to it
+        tracker.close(60)
+    assert said == []
+    program = f"import json\nkey = 'train/loss'\n{READ_BY_ITSELF[name]}\nprint(json.dumps([found, settings]))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found, settings = json.loads(done.stdout.splitlines()[-1])
+    assert found == [[[1, 0.25], [2, 0.5], [3, 0.75], [4, 1.0]]] and settings == ["4"]

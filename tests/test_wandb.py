@@ -458,7 +458,7 @@ def test_sync_says_what_is_wrong(tmp_path: Path, server: WandbServer) -> None:
 @pytest.mark.slow
 def test_two_ranks_that_are_stopped_and_resumed_without_a_network(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
-        f"recipe: {RECIPE}\nrecipe_args: {{seconds_per_batch: 0.1}}\nparallel: {{devices: 2}}\n"
+        f"recipe: {RECIPE}\nrecipe_args: {{seconds_per_batch: 0.3}}\nparallel: {{devices: 2}}\n"
         "train: {max_steps: 24, global_batch_size: 8}\nsave: {every_steps: 5, export: false}\n"
         "eval: {every_steps: 10}\ntrack: {wandb: online}\n"
     )

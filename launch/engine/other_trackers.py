@@ -49,7 +49,7 @@ class OtherTracker:
         self._tracker.start()
         if name == "mlflow":
             self._state["run_id"] = self._tracker.tracker.info.run_id
-        if self.starts_over or not state:
+        if name != "mlflow" or not state:  # Trackio forgets them when a run goes on, and MLflow lets none change
             self._tracker.store_init_configuration(
                 {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in leaves(config)}
             )
