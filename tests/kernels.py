@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -71,8 +72,8 @@ class Kernel:
         raise AssertionError(f"not done after {seconds} s: {cell}")
 
     def kill(self) -> None:
-        """End the kernel as the system does that has no memory left."""
-        self.manager.shutdown_kernel(now=True)
+        """End the kernel as the system does that has no memory left; its manager would send SIGINT first."""
+        os.kill(self.manager.provisioner.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
