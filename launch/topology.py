@@ -250,10 +250,10 @@ def tracker_is_known(server: str, environ: Mapping[str, str] = os.environ) -> bo
     # wandb takes the key of its older server for the newer one too.
     names = {server, "api.wandb.ai"} if server.endswith((".wandb.ai", ".coreweave.com")) else {server}
     try:
-        known = netrc.netrc(environ.get("NETRC") or Path.home() / ".netrc").hosts
-    except (OSError, netrc.NetrcParseError):
+        known = netrc.netrc(environ.get("NETRC") or Path.home() / ".netrc")
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
         return False
-    return not names.isdisjoint(known)
+    return any(known.authenticators(name) for name in names)
 
 
 def hub_is_off(environ: Mapping[str, str] = os.environ) -> bool:

@@ -148,6 +148,10 @@ def test_schedulers_and_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert tracker().found == "no key for wandb.lab.example:8443 (WANDB_API_KEY or ~/.netrc)"
     known_in(tmp_path, "wandb.lab.example:8443")
     assert tracker().found == "wandb.lab.example:8443: no net"
+    (tmp_path / ".netrc").write_bytes(b"machine wandb.lab.example:8443 login m\xfcller password secret\n")
+    assert tracker().state == "skipped", "wandb cannot read it either"
+    (tmp_path / ".netrc").write_text(f"default login user password {'secret' * 8}\n")
+    assert tracker().found == "wandb.lab.example:8443: no net"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert (tracker().state, tracker().found) == ("skipped", "disabled by WANDB_MODE or `wandb disabled`")
     monkeypatch.setenv("WANDB_MODE", "onlin")
