@@ -39,7 +39,7 @@ from launch.topology import (
     world_variables,
 )
 from launch.versions import TORCH_XLA
-from launch.weights_and_biases import end_service, general_settings
+from launch.weights_and_biases import end_service, user_settings
 
 State = Literal["good", "warning", "bad", "skipped"]
 
@@ -296,13 +296,13 @@ def tracker() -> Finding:
     if importlib.util.find_spec("wandb") is None:
         return Finding("Weights & Biases", "skipped", "not installed")
     try:
-        general = general_settings()
+        user = user_settings()
     except TopologyError as error:
         return Finding("Weights & Biases", "warning", str(error), "correct what is set, or unset it")
     end_service()
-    if general.limit:
-        return Finding("Weights & Biases", "skipped", general.limited)
-    server = urlsplit(general.server)
+    if user.limit:
+        return Finding("Weights & Biases", "skipped", user.limited)
+    server = urlsplit(user.server)
     if not tracker_is_known(server.netloc):
         fix = "`wandb login`, where it is wanted"
         return Finding("Weights & Biases", "skipped", f"no key for {server.netloc} (WANDB_API_KEY or ~/.netrc)", fix)

@@ -74,9 +74,11 @@ def explain(plan: Plan) -> list[Line]:
 
 def _trackers_explained(track: TrackSection, names: list[str]) -> tuple[str, str]:
     spoken = [f"{SPOKEN[name]} ({track.wandb})" if name == "wandb" else SPOKEN[name] for name in names]
-    of = f" of {track.entity}" if track.entity and "wandb" in names else ""
-    artifacts = f"; sent too: {' and '.join(track.artifacts)}" if track.artifacts and "wandb" in names else ""
-    return ", ".join(spoken), f"project {track.project}{of}{artifacts}"
+    project = f"project {track.project}" if names != ["tensorboard"] else "files in the run folder"
+    if "wandb" in names:
+        project += f" of {track.entity}" if track.entity else ""
+        project += f"; sent too: {' and '.join(track.artifacts)}" if track.artifacts else ""
+    return ", ".join(spoken), project
 
 
 def _processes_explained(plan: Plan) -> str:

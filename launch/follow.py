@@ -32,7 +32,7 @@ from launch.recorded import METRICS
 from launch.stop import ignore_signals
 from launch.topology import leave_world
 from launch.trackers import SPOKEN
-from launch.weights_and_biases import UnreachableError, WeightsAndBiases, general_settings, mark_sent
+from launch.weights_and_biases import UnreachableError, WeightsAndBiases, mark_sent, user_settings
 
 POLL_SECONDS = 1.0
 
@@ -159,12 +159,12 @@ def _open(arguments: argparse.Namespace) -> Sink:
 
         noted = run / f"{name}.json"
         return OtherTracker(name, run, config, read_json(noted) or {}, lambda state: write_json(noted, state))
-    general = general_settings()
-    if general.limit == "disabled":
-        raise TopologyError(general.limited)
+    user = user_settings()
+    if user.limit == "disabled":
+        raise TopologyError(user.limited)
     online = config["track"]["wandb"] == "online" and not arguments.offline
-    if online and general.limit:
-        raise UnreachableError(general.limited)
+    if online and user.limit:
+        raise UnreachableError(user.limited)
     return WeightsAndBiases(run, "online" if online else "offline", arguments.process)
 
 

@@ -239,8 +239,9 @@ class RollCall:
     def _tell(self, content: dict[str, Any]) -> None:
         """Tell the ranks that wait."""
         line = json.dumps(content).encode() + b"\n"
-        for caller in [key.data for key in self._selector.get_map().values() if key.data]:
-            if caller.answer and not caller.told:
+        for key in self._selector.get_map().values():
+            caller: _Caller | None = key.data  # the listener has none
+            if caller and caller.answer and not caller.told:
                 caller.told = True
                 with contextlib.suppress(OSError):  # one that has just gone is noticed when it is heard
                     caller.connection.send(line)

@@ -22,6 +22,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 STOPPED = "stopped.json"
 """How a run was stopped, in its folder."""
 
+LOST_SECONDS = 0.02
+"""How soon a signal is sent again whose exception could not be raised: what Python was in has ended by then."""
+
 
 class StopSignal(BaseException):
     """Ends a preparation, wherever it is; no `except Exception` may keep it."""
@@ -29,10 +32,6 @@ class StopSignal(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(spoken(number))
         self.number = number
-
-
-LOST_SECONDS = 0.02
-"""How soon a signal is sent again whose exception could not be raised: what Python was in has ended by then."""
 
 
 class StopRequest:

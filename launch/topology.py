@@ -248,7 +248,7 @@ def tracker_is_known(server: str, environ: Mapping[str, str] = os.environ) -> bo
     if environ.get("WANDB_API_KEY"):
         return True
     # wandb takes the key of its older server for the newer one too.
-    names = {server, "api.wandb.ai"} if server.endswith((".wandb.ai", ".coreweave.com")) else {server}
+    names = {server, "api.wandb.ai"} if server.endswith(".coreweave.com") else {server}
     try:
         known = netrc.netrc(environ.get("NETRC") or Path.home() / ".netrc")
     except (OSError, UnicodeDecodeError, netrc.NetrcParseError):

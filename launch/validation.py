@@ -72,7 +72,7 @@ class _Checked:
                 unknown.update(near)
                 rule = self._unknown(location, near)
             else:
-                rule = _rule(details)
+                rule = rule_of(details)
             told = rules.setdefault(self._head(dotted, details["input"]), [])
             if rule not in told:
                 told.append(rule)
@@ -124,7 +124,7 @@ _TYPE_NAMES = {
 }
 
 
-def _rule(details: ErrorDetails) -> str:
+def rule_of(details: ErrorDetails) -> str:
     """What a value must be, in our words."""
     if details["type"] in _TYPE_NAMES:
         return f"must be {_TYPE_NAMES[details['type']]}" + _quoting_hint(details)

@@ -24,6 +24,7 @@ from launch.errors import TopologyError
 from launch.history import Row, tables
 from launch.record import read_json, write_json
 from launch.source import shown
+from launch.validation import rule_of
 
 REACH_SECONDS = 5.0
 """How long the server may take to answer at all."""
@@ -40,7 +41,7 @@ class UnreachableError(TopologyError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class UserSettings:
     """What the environment and wandb's own files of settings say for any run."""
 
     server: str
@@ -56,7 +57,7 @@ class Settings:
         return f"{self.limit} by WANDB_MODE or `wandb {self.limit}`"
 
 
-def general_settings() -> Settings:
+def user_settings() -> UserSettings:
     """Read them, which starts wandb's service.
 
     Raises:
@@ -68,15 +69,14 @@ def general_settings() -> Settings:
         said = wandb.setup(wandb.Settings(silent=True)).settings
     except ValidationError as error:
         first = error.errors()[0]
-        rule = f"{'.'.join(map(str, first['loc']))} = {shown(first['input'])}: {first['msg']}"
-        told = rule.replace(": Input should be", ": must be")
+        told = f"{'.'.join(map(str, first['loc']))} = {shown(first['input'])}: {rule_of(first)}"
         raise TopologyError(f"wandb does not take its settings (WANDB_…, or its file): {told}") from None
     limits: dict[str, Literal["offline", "disabled"]] = {
         "offline": "offline",
         "dryrun": "offline",
         "disabled": "disabled",
     }
-    return Settings(said.base_url, said.entity, limits.get(said.mode))
+    return UserSettings(said.base_url, said.entity, limits.get(said.mode))
 
 
 def end_service() -> None:
@@ -123,15 +123,15 @@ class WeightsAndBiases:
         settings.x_skip_transaction_log = mode == "online"
         if process:
             settings.x_stats_pid = process
-        general = general_settings()
-        server = general.server
+        user = user_settings()
+        server = user.server
         if mode == "online":
             _reach(server)
         forget(run, self._identity, ("offline-run-", "run-") if self.starts_over else ("run-",))
         try:
             self._run = wandb.init(
                 project=self._config["track"]["project"],
-                entity=self._config["track"].get("entity") or known.get("entity") or general.entity,
+                entity=self._config["track"].get("entity") or known.get("entity") or user.entity,
                 name=run.name,
                 dir=str(run),
                 mode=mode,

@@ -160,13 +160,7 @@ def _in_processes(made: Callable[[int], Any], count: int, processes: int) -> Gen
                 ends.append(reading)
                 numbers = range(first, count, processes)
                 workers.append(forking.Process(target=_work, args=(made, numbers, writing, tuple(ends)), daemon=True))
-                try:
-                    workers[-1].start()
-                except OSError as error:  # a fork asks for as much memory as this process has
-                    raise RuntimeError(
-                        f"cannot start process {first + 1} of {processes} to prepare data: {error.strerror}; "
-                        "recipe_args.preparation_processes=1 needs the least memory"
-                    ) from None
+                _start(workers[-1], f"process {first + 1} of {processes}")
                 writing.close()
         for number in range(count):
             yield _received(ends[number % processes], workers[number % processes])
@@ -178,6 +172,16 @@ def _in_processes(made: Callable[[int], Any], count: int, processes: int) -> Gen
             worker.join()
         for end in ends:
             end.close()
+
+
+def _start(worker: Any, which: str) -> None:
+    try:
+        worker.start()
+    except OSError as error:  # a fork asks for as much memory as this process has
+        raise RuntimeError(
+            f"cannot start {which} to prepare data: {error.strerror}; recipe_args.preparation_processes=1 needs the "
+            "least memory"
+        ) from None
 
 
 def _received(end: Connection, worker: Any) -> Any:

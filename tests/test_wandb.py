@@ -284,23 +284,30 @@ def test_settings_that_it_does_not_take_are_told_in_a_line(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stated", "told", "expected"),
+    [
+        (["track.entity=school"], "shoal", ["school"]),
+        ([], "shoal", ["shoal"]),
+        ([], "", [None, "fish"]),  # the key's owner, as the server says
+    ],
+)
 def test_a_run_stays_with_the_team_under_which_it_was_begun(
-    tmp_path: Path, said: list[str], server: WandbServer, monkeypatch: pytest.MonkeyPatch
+    stated: list[str],
+    told: str,
+    expected: list[str | None],
+    tmp_path: Path,
+    said: list[str],
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for folder, entity, expected in (
-        ("stated", "track.entity=school", "school"),
-        ("told", "", "shoal"),
-        ("own", "", ""),
-    ):
-        (tmp_path / folder).mkdir()
-        run = begin(tmp_path / folder, "track.wandb=online", *([entity] if entity else []))
-        server.entities.clear()
-        for who in (None if folder == "own" else "shoal", "others"):
-            monkeypatch.setenv("WANDB_ENTITY", who) if who else monkeypatch.delenv("WANDB_ENTITY", raising=False)
-            tracker = Tracker(run, {}, ["wandb"], said.append)
-            tracker.write("train", 1, loss=1)
-            tracker.close(60)
-        assert [*dict.fromkeys(server.entities)] == ([expected] if expected else [None, "fish"]), folder
+    run = begin(tmp_path, "track.wandb=online", *stated)
+    for entity in (told, "others"):
+        monkeypatch.setenv("WANDB_ENTITY", entity)
+        tracker = Tracker(run, {}, ["wandb"], said.append)
+        tracker.write("train", 1, loss=1)
+        tracker.close(60)
+    assert [*dict.fromkeys(server.entities)] == expected
     assert said == []
 
 
@@ -507,6 +514,10 @@ def test_the_plan_says_where_a_run_is_shown(tmp_path: Path) -> None:
         "Weights & Biases (online), TensorBoard",
         "project sardines of school; sent too: export",
     )
+    (tmp_path / "other").mkdir()
+    alone = begin(tmp_path / "other", "track.also=[tensorboard]")
+    (line,) = [line for line in explain(read_plan(alone)) if line.name == "shown in"]
+    assert (line.value, line.because) == ("TensorBoard", "files in the run folder")
 
 
 def test_a_package_that_is_missing_is_told_when_the_run_is_planned(
